@@ -1,0 +1,1 @@
+"""What the proxy tells people and machines over HTTP: health, metrics, configuration."""

@@ -1,0 +1,51 @@
+"""The contract of a capture: making the kernel hand the traffic of portals to proxy ports.
+
+A capture owns everything it puts into the kernel (rules, routes, conntrack entries) and nothing else:
+it never touches what it did not make. It knows ports by number only; the sockets behind them are the
+proxier's business, which calls `replace` after they listen and before they close.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from userspace_proxy.model import Redirect
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What one `replace` did to the kernel."""
+
+    added: int = 0
+    """Rules added because a redirect is new or changed."""
+    removed: int = 0
+    repaired: int = 0
+    """Rules that should have been there, or not have been, because somebody else changed ours."""
+
+
+class Capture(typing.Protocol):
+    name: str
+    """As written in `--capture`, `/metrics` and the log."""
+
+    rewrites_destination: bool
+    """Whether an accepted TCP connection can be asked for its original destination (SO_ORIGINAL_DST)."""
+
+    async def start(self) -> None:
+        """Take over: find out by trying whether this way works here, remove the remains of a crashed run.
+
+        Raises CaptureUnavailable, having left nothing behind, if it does not.
+        """
+
+    async def replace(self, redirects: Collection[Redirect]) -> Changes:
+        """Make the kernel equal to these redirects, and repair what others changed in ours.
+
+        Connections that are already established go on. Raises CaptureError; the next call tries again.
+        """
+
+    async def withdraw(self) -> None:
+        """Take in no new traffic. Established connections, which conntrack translates, must go on."""
+
+    async def close(self) -> None:
+        """Leave nothing behind. Called once, after the drain; works from any state."""

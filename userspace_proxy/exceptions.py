@@ -1,0 +1,58 @@
+"""What can go wrong, as one tree.
+
+    UserspaceProxyError
+    ├── ConfigError            flags that cannot be used; carries every problem found
+    ├── ObjectError            one Service, EndpointSlice or Endpoints object that is refused
+    ├── PortError              a port that cannot be had (in use, claimed by another, range exhausted)
+    ├── ProtocolUnavailable    a protocol this host or this version does not serve
+    └── CaptureError           the kernel could not be made to hand us traffic
+        └── CaptureUnavailable this way of capturing does not work on this host at all
+
+Messages say what was found, what is allowed, and what to do; whoever catches one logs it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserspaceProxyError(Exception):
+    """Base of everything raised on purpose."""
+
+
+class ConfigError(UserspaceProxyError):
+    """Flags that cannot be used. `problems` has one line for each, all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class ObjectError(UserspaceProxyError):
+    """One object that is refused.
+
+    `where` is a file (with the document's number where it has several) or a URL; `what` names the
+    object; `problems` has one `field: found, allowed` line for each.
+    """
+
+    def __init__(self, where: str, what: str, problems: Sequence[str]) -> None:
+        super().__init__(f"{where}: {what}: " + "; ".join(problems))
+        self.where = where
+        self.what = what
+        self.problems = tuple(problems)
+
+
+class PortError(UserspaceProxyError):
+    """A port that cannot be had; tried again at the next sync."""
+
+
+class ProtocolUnavailable(UserspaceProxyError):
+    """A protocol that this host or this version does not serve."""
+
+
+class CaptureError(UserspaceProxyError):
+    """The kernel refused rules, routes or a conntrack request."""
+
+
+class CaptureUnavailable(CaptureError):
+    """This way of capturing does not work on this host: missing tables, or no permission."""

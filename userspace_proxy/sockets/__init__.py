@@ -1,0 +1,1 @@
+"""Proxy sockets: they accept the clients of one service port and relay to its endpoints."""
