@@ -4,6 +4,7 @@
     ├── ConfigError            flags that cannot be used; carries every problem found
     ├── ObjectError            one Service, EndpointSlice or Endpoints object that is refused
     ├── PortError              a port that cannot be had (in use, claimed by another, range exhausted)
+    ├── NoEndpoints            nowhere to send a client to; ends that connection only
     ├── ProtocolUnavailable    a protocol this host or this version does not serve
     └── CaptureError           the kernel could not be made to hand us traffic
         └── CaptureUnavailable this way of capturing does not work on this host at all
@@ -44,6 +45,10 @@ class ObjectError(UserspaceProxyError):
 
 class PortError(UserspaceProxyError):
     """A port that cannot be had; tried again at the next sync."""
+
+
+class NoEndpoints(UserspaceProxyError):
+    """A service port has no usable endpoint; the client is refused."""
 
 
 class ProtocolUnavailable(UserspaceProxyError):

@@ -1,4 +1,4 @@
-"""The contract of a proxy socket, and what all kinds of it share.
+"""The contract of proxy sockets, and what all kinds of them share.
 
 A proxy socket serves one service port in one family on one proxy port. It knows its balancer, its
 endpoints through it, and the destinations it may be reached by; how traffic gets to it is `capture`'s
@@ -11,10 +11,16 @@ unreachable), not accepted and dropped. *Closed*. Connections that are establish
 
 from __future__ import annotations
 
+import socket
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from userspace_proxy.model import Portal, SocketKey
+from userspace_proxy.exceptions import PortError
+from userspace_proxy.loadbalancer import LoadBalancer
+from userspace_proxy.metrics import Outcome, ServicePortMetrics
+from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
+
+AF = {IPFamily.IPV4: int(socket.AF_INET), IPFamily.IPV6: int(socket.AF_INET6)}
 
 
 class ProxySocket(typing.Protocol):
@@ -32,4 +38,119 @@ class ProxySocket(typing.Protocol):
         """Only clients that were sent here through these portals are served; None: whoever connects."""
 
     def close(self) -> None:
-        """Release the port. TCP connections go on; who waits for them is the registry they are in."""
+        """Release the port. TCP connections go on; they are ended through their `ProxySockets`."""
+
+
+class Session(typing.TypedDict):
+    """One live connection or flow, as /connections shows it."""
+
+    service_port: str
+    protocol: str
+    client: str
+    endpoint: str
+    state: str
+    seconds: float
+    to_endpoint: int
+    to_client: int
+
+
+class ProxySockets(typing.Protocol):
+    """All proxy sockets of one protocol: what they share, and the sessions that outlive their sockets."""
+
+    protocol: Protocol
+
+    def open(
+        self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
+    ) -> ProxySocket:
+        """Claim the proxy port, refusing clients at first. Raises PortError if it is taken."""
+
+    @property
+    def active(self) -> int:
+        """Live sessions."""
+
+    def count(self) -> None:
+        """Bring the metrics up to this moment: live sessions are counted as they go, not as they end."""
+
+    def sessions(self) -> list[Session]:
+        """Every live session, for people."""
+
+    def drain(self, on_idle: Callable[[], None]) -> None:
+        """Take no new session from now on; call back once the last one has ended, at once if there is none."""
+
+    def end_all(self, outcome: Outcome) -> None:
+        """End every session at once, telling both sides by a reset."""
+
+
+class Descriptors:
+    """How many descriptors sessions may hold, so that running out is met before the kernel says so.
+
+    What is refused here waits: in the listen queue (TCP), or makes room itself (UDP).
+    """
+
+    __slots__ = ("_waiting", "limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    def take(self, count: int) -> bool:
+        if self.used + count > self.limit:
+            return False
+        self.used += count
+        return True
+
+    def give(self, count: int) -> None:
+        self.used -= count
+        if self._waiting and self.used + 2 <= self.limit:
+            resume = next(iter(self._waiting))
+            del self._waiting[resume]
+            resume()
+
+    def wait(self, resume: Callable[[], None]) -> None:
+        """Call `resume` once there is room again; asking twice waits once."""
+        self._waiting[resume] = None
+
+    def forget(self, resume: Callable[[], None]) -> None:
+        self._waiting.pop(resume, None)
+
+
+def bind(family: IPFamily, kind: int, ip: str, port: int, *, beside_ours: bool = False) -> socket.socket:
+    """A non-blocking socket bound to a port that is nobody else's. One family a socket: IPv6 ones are V6ONLY.
+
+    `beside_ours`: share the port with a socket of ours that allows it (SO_REUSEPORT), to take its place
+    without letting go of the port in between. Raises PortError.
+    """
+    sock = socket.socket(AF[family], kind | socket.SOCK_NONBLOCK)
+    try:
+        if family is IPFamily.IPV6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if beside_ours:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if kind == socket.SOCK_STREAM:
+            # Past connections in TIME_WAIT are no hindrance. Until it listens, the socket must be one to others
+            # with the same option, though, so it is kept no longer than for this.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((ip, port))
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError as error:
+        sock.close()
+        raise PortError(f"{join_host_port(ip, port)} cannot be had: {error.strerror}") from error
+    return sock
+
+
+def claim(family: IPFamily, kind: int, ip: str, port: int, *, beside_ours: bool = False) -> socket.socket:
+    """Hold a port without serving on it: whoever comes is refused by the kernel. Raises PortError.
+
+    A TCP socket that is bound and does not listen is answered for by a reset. A UDP socket would swallow
+    datagrams; connected to itself, it hears nobody, and the others get ICMP.
+    """
+    sock = bind(family, kind, ip, port, beside_ours=beside_ours)
+    if kind == socket.SOCK_DGRAM:
+        try:
+            sock.connect((family.loopback if ip == family.wildcard else ip, port))
+        except OSError as error:
+            sock.close()
+            raise PortError(f"{join_host_port(ip, port)} cannot be held: {error.strerror}") from error
+    return sock

@@ -1,0 +1,247 @@
+"""A real proxy socket on a loop of its own thread, so that tests are scripts with plain blocking sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
+
+from prometheus_client import CollectorRegistry
+
+from userspace_proxy.exceptions import PortError
+from userspace_proxy.loadbalancer import LoadBalancer
+from userspace_proxy.metrics import Metrics, Outcome, open_descriptors
+from userspace_proxy.model import Endpoint, IPFamily, Protocol, ServicePortName, SessionAffinity, SocketKey
+from userspace_proxy.poller import Poller
+from userspace_proxy.sockets.base import AF, Descriptors, ProxySocket, ProxySockets
+from userspace_proxy.sockets.tcp import TCPSockets
+from userspace_proxy.sockets.udp import UDPSockets
+
+T = TypeVar("T")
+NAME = ServicePortName("default", "web", "http")
+
+
+class ProxyThread:
+    """One service port, served on loopback. Whatever touches it is done on its own loop, through `call`."""
+
+    def __init__(
+        self,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop],
+        protocol: Protocol,
+        family: IPFamily,
+        endpoints: Sequence[tuple[str, int]],
+        *,
+        affinity: SessionAffinity = SessionAffinity.NONE,
+        splice: bool = True,
+        half_close_timeout: float = 300.0,
+        idle_timeout: float = 0.25,
+        max_flows: int = 1000,
+        descriptors: int = 10000,
+    ) -> None:
+        self.family = family
+        self.protocol = protocol
+        self.metrics = Metrics(CollectorRegistry())
+        self.counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
+        self.descriptors = Descriptors(descriptors)
+        self.balancer = LoadBalancer(time.monotonic, random.Random(1), affinity, 10800.0)
+        self.balancer.update([Endpoint(ip, port) for ip, port in endpoints])
+        self.loop = loop_factory()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._ready = threading.Event()
+        self._thread.start()
+        self._ready.wait()
+
+        def start() -> None:
+            self.poller = Poller(self.loop)
+            self.sockets: ProxySockets = (
+                TCPSockets(
+                    self.poller, self.descriptors, self.metrics, splice=splice, half_close_timeout=half_close_timeout
+                )
+                if protocol is Protocol.TCP
+                else UDPSockets(self.poller, self.descriptors, idle_timeout=idle_timeout, max_flows=max_flows)
+            )
+            self.socket = self._open()
+            if endpoints:
+                self.socket.serve()
+
+        self.call(start)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(self._ready.set)
+        self.loop.run_forever()
+
+    def _open(self) -> ProxySocket:
+        for _ in range(100):
+            with contextlib.suppress(PortError):
+                return self.sockets.open(
+                    SocketKey(NAME, self.family),
+                    self.family.loopback,
+                    random.randint(20000, 30000),
+                    self.balancer,
+                    self.counts,
+                )
+        raise AssertionError("no port in a hundred tries")
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a function on the proxy's loop; its result, or what it raised."""
+        done = threading.Event()
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                outcome.append((True, function(*args)))
+            except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
+                outcome.append((False, error))
+            done.set()
+
+        self.loop.call_soon_threadsafe(run)
+        assert done.wait(10), "the proxy's loop is stuck"
+        worked, value = outcome[0]
+        if not worked:
+            raise value
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.family.loopback, self.socket.port
+
+    def update(self, endpoints: Sequence[tuple[str, int]]) -> None:
+        def update() -> None:
+            self.balancer.update([Endpoint(ip, port) for ip, port in endpoints])
+            if endpoints:
+                self.socket.serve()
+            else:
+                self.socket.refuse()
+
+        self.call(update)
+
+    def connect(self, timeout: float = 10.0, source: str | None = None) -> socket.socket:
+        client = socket.socket(AF[self.family], socket.SOCK_STREAM)
+        client.settimeout(timeout)
+        try:
+            if source:
+                client.bind((source, 0))
+            client.connect(self.address)
+        except OSError:
+            client.close()
+            raise
+        return client
+
+    def ended(self) -> dict[Outcome, int]:
+        return dict(self.call(lambda: dict(self.counts.ended)))
+
+    def stop(self) -> None:
+        def end() -> None:
+            self.sockets.end_all(Outcome.DRAIN_TIMEOUT)
+            self.socket.close()
+            self.poller.close()
+
+        self.call(end)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Descriptors are as many after as before, within the time the kernel takes for the last of them."""
+    before = open_descriptors()
+    yield
+    eventually(lambda: open_descriptors() <= before, lambda: f"{open_descriptors()} descriptors, {before} before")
+
+
+def eventually(holds: Callable[[], bool], message: Callable[[], str] = lambda: "", patience: float = 10.0) -> None:
+    """Wait for something that another thread or the kernel brings about."""
+    end = time.monotonic() + patience
+    while not holds():
+        assert time.monotonic() < end, message()
+        time.sleep(0.01)
+
+
+def listener(family: IPFamily = IPFamily.IPV4, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    sock = socket.socket(AF[family], kind)
+    sock.bind((family.loopback, 0))
+    sock.settimeout(10)
+    if kind == socket.SOCK_STREAM:
+        sock.listen(512)
+    return sock
+
+
+def address(sock: socket.socket) -> tuple[str, int]:
+    ip, port = sock.getsockname()[:2]
+    return ip, port
+
+
+def closed_port(family: IPFamily = IPFamily.IPV4) -> tuple[str, int]:
+    """An address where nobody listens: connections are refused."""
+    with socket.socket(AF[family]) as sock:
+        sock.bind((family.loopback, 0))
+        return address(sock)
+
+
+@contextlib.contextmanager
+def black_hole(family: IPFamily = IPFamily.IPV4) -> Iterator[tuple[str, int]]:
+    """An address that neither answers nor refuses: a listener whose queue is full drops every SYN."""
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket(AF[family]))
+        hole.bind((family.loopback, 0))
+        hole.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket(AF[family]))
+            filler.setblocking(False)
+            filler.connect_ex(address(hole))
+        time.sleep(0.05)
+        yield address(hole)
+
+
+class Servers:
+    """Endpoints that answer each connection by a function, each in a thread of its own."""
+
+    def __init__(self, answer: Callable[[socket.socket], None], family: IPFamily = IPFamily.IPV4) -> None:
+        self._listener = listener(family)
+        self._listener.settimeout(None)
+        self._answer = answer
+        self.address = address(self._listener)
+        self.accepted = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            sock.settimeout(20)
+            self._answer(sock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(5)
+
+
+def echo(sock: socket.socket) -> None:
+    while chunk := sock.recv(65536):
+        sock.sendall(chunk)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    parts = []
+    while chunk := sock.recv(1 << 20):
+        parts.append(chunk)
+    return b"".join(parts)

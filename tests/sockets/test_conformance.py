@@ -1,0 +1,191 @@
+"""What every kind of proxy socket must do, whatever its protocol, family and loop."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.proxy import ProxyThread, address, eventually, listener
+from tests.sockets.conftest import Start
+from userspace_proxy.exceptions import PortError
+from userspace_proxy.loadbalancer import LoadBalancer
+from userspace_proxy.model import IPFamily, Protocol, SessionAffinity
+
+KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
+
+
+@pytest.fixture(params=KINDS)
+def protocol(request: pytest.FixtureRequest) -> Protocol:
+    value: Protocol = request.param
+    return value
+
+
+class Named:
+    """An endpoint that answers whatever it is sent with its own name and the message."""
+
+    def __init__(self, protocol: Protocol, family: IPFamily, name: str) -> None:
+        self._sock = listener(family, KINDS[protocol])
+        self._sock.settimeout(0.1)
+        self.address = address(self._sock)
+        self._name = name.encode()
+        self._stop = False
+        self._thread = threading.Thread(target=self._stream if protocol is Protocol.TCP else self._datagrams)
+        self._thread.start()
+
+    def _stream(self) -> None:
+        while not self._stop:
+            with contextlib.suppress(TimeoutError):
+                client, _ = self._sock.accept()
+                with client, contextlib.suppress(OSError):
+                    client.settimeout(10)
+                    client.sendall(self._name + b":" + client.recv(100))
+
+    def _datagrams(self) -> None:
+        while not self._stop:
+            with contextlib.suppress(TimeoutError):
+                message, client = self._sock.recvfrom(65535)
+                self._sock.sendto(self._name + b":" + message, client)
+
+    def stop(self) -> None:
+        self._stop = True
+        self._thread.join(10)
+        self._sock.close()
+
+
+@pytest.fixture
+def three(protocol: Protocol, family: IPFamily) -> Iterator[list[Named]]:
+    endpoints = [Named(protocol, family, name) for name in "abc"]
+    yield endpoints
+    for endpoint in endpoints:
+        endpoint.stop()
+
+
+def ask(proxy: ProxyThread, message: bytes = b"hi", source: str | None = None) -> bytes:
+    """One new client, one question; the name of the endpoint that answered."""
+    kind = KINDS[proxy.protocol]
+    with socket.socket(socket.AF_INET6 if proxy.family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+        client.settimeout(5)
+        if source:
+            client.bind((source, 0))
+        client.connect(proxy.address)
+        client.send(message)
+        name, _, echoed = client.recv(65535).partition(b":")
+        assert echoed == message
+        return name
+
+
+def refused(proxy: ProxyThread) -> bool:
+    try:
+        ask(proxy)
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_each_new_client_goes_to_the_next_endpoint(
+    start: Start, protocol: Protocol, family: IPFamily, three: list[Named]
+) -> None:
+    proxy = start(protocol, family, [e.address for e in three])
+    names = [ask(proxy) for _ in range(9)]
+    assert names[:3] == names[3:6] == names[6:9]
+    assert sorted(names[:3]) == [b"a", b"b", b"c"]
+
+
+def test_a_client_with_affinity_stays(start: Start, protocol: Protocol, three: list[Named], family: IPFamily) -> None:
+    proxy = start(protocol, family, [e.address for e in three], affinity=SessionAffinity.CLIENT_IP)
+    assert len({ask(proxy) for _ in range(6)}) == 1
+
+
+def test_two_clients_with_affinity_are_told_apart(start: Start, protocol: Protocol) -> None:
+    endpoints = [Named(protocol, IPFamily.IPV4, name) for name in "ab"]
+    proxy = start(protocol, IPFamily.IPV4, [e.address for e in endpoints], affinity=SessionAffinity.CLIENT_IP)
+    first = {ask(proxy, source="127.0.0.2") for _ in range(3)}
+    second = {ask(proxy, source="127.0.0.3") for _ in range(3)}
+    for endpoint in endpoints:
+        endpoint.stop()
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def test_no_endpoint_is_a_refusal_by_the_kernel(start: Start, protocol: Protocol, family: IPFamily) -> None:
+    proxy = start(protocol, family, [])
+    assert refused(proxy)
+    assert proxy.counts.opened == 0
+
+
+def test_endpoints_come_and_go_on_one_proxy_port(
+    start: Start, protocol: Protocol, family: IPFamily, three: list[Named]
+) -> None:
+    proxy = start(protocol, family, [])
+    for _ in range(3):
+        assert refused(proxy)
+        proxy.update([e.address for e in three])
+        assert ask(proxy) in (b"a", b"b", b"c")
+        proxy.update([])
+    assert refused(proxy)
+
+
+def test_the_port_is_ours_in_every_state(
+    start: Start, protocol: Protocol, family: IPFamily, three: list[Named]
+) -> None:
+    """Nobody else gets it, not even with the options that usually help, nor another proxy's socket."""
+    proxy = start(protocol, family, [])
+    for endpoints in ([], [e.address for e in three]):
+        proxy.update(endpoints)
+        with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, KINDS[protocol]) as other:
+            if protocol is Protocol.TCP:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match="in use"):
+                other.bind(proxy.address)
+        with pytest.raises(PortError, match="in use"):
+            proxy.call(
+                proxy.sockets.open, proxy.socket.key, *proxy.address, LoadBalancer(time.monotonic, None), proxy.counts
+            )
+
+
+def test_a_closed_socket_leaves_the_port_to_others(start: Start, protocol: Protocol, family: IPFamily) -> None:
+    proxy = start(protocol, family, [])
+    proxy.call(proxy.socket.close)
+    with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, KINDS[protocol]) as other:
+        other.bind(proxy.address)
+
+
+def test_what_is_live_is_listed(start: Start, protocol: Protocol, family: IPFamily) -> None:
+    endpoint = listener(family, KINDS[protocol])
+    proxy = start(protocol, family, [address(endpoint)], idle_timeout=30)
+    kind = KINDS[protocol]
+    with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+        client.connect(proxy.address)
+        client.send(b"hello")
+        eventually(
+            lambda: (
+                bool(proxy.call(proxy.sockets.sessions)) and proxy.call(proxy.sockets.sessions)[0]["to_endpoint"] > 0
+            )
+        )
+        [session] = proxy.call(proxy.sockets.sessions)
+        assert session["client"].endswith(f":{client.getsockname()[1]}")
+        assert session["endpoint"].endswith(f":{address(endpoint)[1]}")
+        assert session["protocol"] == protocol.value
+    endpoint.close()
+
+
+def test_draining_takes_nobody_new(start: Start, protocol: Protocol, family: IPFamily, three: list[Named]) -> None:
+    proxy = start(protocol, family, [e.address for e in three])
+    ask(proxy)
+    idle: list[bool] = []
+    proxy.call(proxy.sockets.drain, lambda: idle.append(True))
+    eventually(lambda: idle == [True])
+    before = proxy.counts.opened
+    kind = KINDS[protocol]
+    with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+        client.settimeout(0.3)
+        client.connect(proxy.address)
+        client.send(b"hi")
+        with pytest.raises(OSError):
+            client.recv(10)
+    assert proxy.counts.opened == before

@@ -1,0 +1,147 @@
+"""The ladder: which endpoints are tried, for how long, and that nobody else waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.proxy import Servers, address, black_hole, closed_port, echo, eventually, listener
+from tests.sockets.conftest import Start
+from userspace_proxy.metrics import Outcome
+from userspace_proxy.model import IPFamily, Protocol
+from userspace_proxy.sockets import dial
+
+V4 = IPFamily.IPV4
+
+
+def test_a_refusing_endpoint_is_passed_over(start: Start, family: IPFamily) -> None:
+    with Servers(echo, family) as alive:
+        proxy = start(Protocol.TCP, family, [closed_port(family), alive.address])
+        for _ in range(6):
+            with proxy.connect() as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+        # Retries take their turn too, so with two endpoints nearly every client meets the dead one first.
+        failures = proxy.counts.dial_failures[errno.ECONNREFUSED]
+        assert 5 <= failures <= 6
+        assert proxy.counts.dials == 6 + failures
+
+
+def test_a_black_hole_costs_one_step_of_the_ladder_and_only_its_own_client(start: Start) -> None:
+    """Clients side by side: those sent to the live endpoint do not wait for those sent to the dead one."""
+    with Servers(echo) as alive, black_hole() as dead:
+        proxy = start(Protocol.TCP, V4, [dead, alive.address])
+        order: list[tuple[int, int]] = []
+        clients = []
+        for number in range(6):
+            client = proxy.connect()
+            client.sendall(bytes([number]))
+            clients.append(client)
+
+        def read(client: socket.socket) -> None:
+            order.append((client.recv(1)[0], proxy.counts.dial_failures[errno.ETIMEDOUT]))
+
+        threads = [threading.Thread(target=read, args=(c,)) for c in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        for client in clients:
+            client.close()
+        # Three were answered before any dial timed out; all six in the end, and each failed at most once.
+        assert sum(1 for _, timeouts in order if timeouts == 0) == 3
+        assert len(order) == 6
+        assert proxy.counts.dial_failures[errno.ETIMEDOUT] == 3
+
+
+def test_all_dead_is_a_reset(start: Start, family: IPFamily) -> None:
+    proxy = start(Protocol.TCP, family, [closed_port(family), closed_port(family)])
+    with pytest.raises(ConnectionResetError), proxy.connect() as client:
+        client.recv(1)
+    assert proxy.ended() == {Outcome.DIAL_FAILED: 1}
+    assert proxy.counts.dials == len(dial.LADDER)
+
+
+def test_all_silent_is_a_reset_after_the_ladder(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial, "LADDER", (0.05, 0.05, 0.05, 0.05))
+    with black_hole() as dead:
+        proxy = start(Protocol.TCP, V4, [dead])
+        with pytest.raises(ConnectionResetError), proxy.connect() as client:
+            client.recv(1)
+    assert proxy.counts.dial_failures == {errno.ETIMEDOUT: 4}
+
+
+def test_what_the_client_sent_early_is_not_lost_by_retries(start: Start) -> None:
+    with Servers(echo) as alive:
+        proxy = start(Protocol.TCP, V4, [closed_port(), alive.address])
+        for _ in range(2):
+            with proxy.connect() as client:
+                client.sendall(b"early" * 1000)
+                client.shutdown(socket.SHUT_WR)
+                received = b""
+                while chunk := client.recv(65536):
+                    received += chunk
+                assert received == b"early" * 1000
+
+
+def test_endpoints_that_vanish_while_dialling(start: Start) -> None:
+    with black_hole() as dead:
+        proxy = start(Protocol.TCP, V4, [dead])
+        with proxy.connect() as client:
+            eventually(lambda: proxy.counts.dials == 1)
+            proxy.update([])
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    assert proxy.ended() == {Outcome.DIAL_FAILED: 1}
+
+
+def test_a_local_endpoint_that_is_down_is_not_reached_by_meeting_oneself(start: Start) -> None:
+    """A free port the kernel also hands out as a source port: after enough dials one connects to itself."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        first, last = map(int, file.read().split())
+    target = ("127.0.0.1", (first + last) // 2 | 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(target)
+        # A socket connected to itself is what the dial must recognise; made here on purpose.
+        probe.connect(target)
+        assert dial.Dial._met_itself(_dial_to(target), probe)
+    with Servers(echo) as alive, socket.create_connection(alive.address) as other:
+        assert not dial.Dial._met_itself(_dial_to(alive.address), other)
+
+
+def _dial_to(endpoint: tuple[str, int]) -> dial.Dial:
+    attempt = dial.Dial.__new__(dial.Dial)
+    attempt.endpoint = endpoint
+    return attempt
+
+
+def test_ended_from_outside_while_dialling(start: Start) -> None:
+    with black_hole() as dead:
+        proxy = start(Protocol.TCP, V4, [dead])
+        client = proxy.connect()
+        eventually(lambda: proxy.counts.dials == 1)
+        proxy.call(proxy.sockets.end_all, Outcome.DRAIN_TIMEOUT)
+        with client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+        time.sleep(0.3)  # past the first step: nothing goes on dialling
+        assert proxy.counts.dials == 1
+    assert proxy.ended() == {Outcome.DRAIN_TIMEOUT: 1}
+
+
+def test_options_of_the_dialled_socket(start: Start) -> None:
+    endpoint = listener()
+    proxy = start(Protocol.TCP, V4, [address(endpoint)])
+    with proxy.connect(), endpoint.accept()[0], contextlib.closing(endpoint):
+        eventually(lambda: bool(proxy.sockets._relays))  # type: ignore[attr-defined]
+        [relay] = proxy.call(lambda: list(proxy.sockets._relays))  # type: ignore[attr-defined]
+        for sock in (relay.to_endpoint.source, relay.to_client.source):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == b"\1\0\0\0\0\0\0\0"

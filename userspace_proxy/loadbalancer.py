@@ -1,0 +1,175 @@
+"""Choosing an endpoint: round robin and ClientIP affinity for one service port in one family.
+
+What affects the choice is in here and nothing else is: the usable endpoints in their order, whose turn it
+is, and which client is pinned to which endpoint. Which endpoints a Service has is decided in `sources`,
+which of them would lead back to us in `plan`, and how a failed dial is met in `sockets`, which asks again
+with what it has tried.
+
+No lock: everything runs on the event loop's thread. `pick` is called for every connection and flow, so
+it costs the same however many endpoints and clients there are.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+
+from userspace_proxy.exceptions import NoEndpoints
+from userspace_proxy.model import DEFAULT_AFFINITY_TIMEOUT, Endpoint, SessionAffinity
+
+Address = tuple[str, int]
+"""An endpoint as socket calls take it."""
+
+MAX_CLIENTS = 65_536
+"""Clients remembered by one service port: some 15 MB at worst, whoever sends the traffic."""
+
+
+class Shuffler(typing.Protocol):
+    """What is wanted of a `random.Random`."""
+
+    def shuffle(self, x: list[Address], /) -> None: ...
+
+
+class _Pin:
+    """Where a client was sent, and when it last came."""
+
+    __slots__ = ("address", "used")
+
+    def __init__(self, address: Address, used: float) -> None:
+        self.address = address
+        self.used = used
+
+
+class LoadBalancer:
+    """Proxy sockets hold on to one and call `pick`; everything else is for the proxier."""
+
+    __slots__ = (
+        "_clock",
+        "_index",
+        "_known",
+        "_max_clients",
+        "_pins",
+        "_rng",
+        "_timeout",
+        "affinity_hits",
+        "endpoints",
+        "generation",
+    )
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        rng: Shuffler,
+        affinity: SessionAffinity = SessionAffinity.NONE,
+        affinity_timeout: float = DEFAULT_AFFINITY_TIMEOUT,
+        *,
+        max_clients: int = MAX_CLIENTS,
+    ) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._max_clients = max_clients
+        self.endpoints: tuple[Address, ...] = ()
+        """Those that clients are sent to, in the order of their turns."""
+        self._known: frozenset[Address] = frozenset()
+        self._index = 0
+        self.generation = 0
+        """Counts the changes of the set of endpoints: while it is the same, no endpoint has left."""
+        self.affinity_hits = 0
+        """Picks that were decided by affinity."""
+        # None without affinity. The least recently used comes first, and as all pins live equally long,
+        # so does the next to expire. A plain dict keeps that order too, but finding its first key gets
+        # slow once many before it were deleted, which is what a full table does all the time.
+        self._pins: OrderedDict[str, _Pin] | None = None
+        self.configure(affinity, affinity_timeout)
+
+    @property
+    def clients(self) -> int:
+        """Clients that are remembered now; some may have expired since the last `purge`."""
+        return len(self._pins) if self._pins is not None else 0
+
+    def has(self, address: Address) -> bool:
+        """Whether clients are still sent to this endpoint."""
+        return address in self._known
+
+    def pick(self, client_ip: str, tried: Collection[Address] = ()) -> Address:
+        """Choose the endpoint for a client, the next one in turn unless affinity says otherwise.
+
+        A retry names what it has `tried`: these are passed over while others remain, and affinity is
+        overridden, because it may be what led to the dead endpoint; the client is pinned anew.
+
+        Raises NoEndpoints.
+        """
+        pins = self._pins
+        if pins is None:
+            return self._next(tried)
+        now = self._clock()
+        pin = pins.get(client_ip)
+        if pin is None:
+            address = self._next(tried)
+            pins[client_ip] = _Pin(address, now)
+            if len(pins) > self._max_clients:
+                pins.popitem(last=False)
+            return address
+        if not tried and now - pin.used < self._timeout:
+            self.affinity_hits += 1
+        else:
+            pin.address = self._next(tried)
+        pin.used = now
+        pins.move_to_end(client_ip)
+        return pin.address
+
+    def _next(self, tried: Collection[Address]) -> Address:
+        endpoints = self.endpoints
+        count = len(endpoints)
+        if not count:
+            raise NoEndpoints("no endpoint is ready, and none is serving while it terminates; wait for one, or add one")
+        index = self._index
+        if tried:
+            for turn in range(index, index + count):
+                if endpoints[turn % count] not in tried:
+                    index = turn % count
+                    break
+        self._index = index + 1 if index + 1 < count else 0
+        return endpoints[index]
+
+    def update(self, endpoints: Sequence[Endpoint]) -> bool:
+        """Take over the service port's endpoints, all of them; say whether the usable set changed.
+
+        Usable are the ready ones; if there is none, those that still serve while they terminate. An equal
+        set changes nothing, in whatever order it is told. Another one is shuffled, so that nodes do not
+        all begin with the same endpoint, and clients pinned to endpoints that left are forgotten.
+        """
+        usable = [endpoint.address for endpoint in endpoints if endpoint.ready]
+        if not usable:
+            usable = [endpoint.address for endpoint in endpoints if endpoint.serving and endpoint.terminating]
+        known = frozenset(usable)
+        if known == self._known:
+            return False
+        order = list(dict.fromkeys(usable))
+        self._rng.shuffle(order)
+        self.endpoints = tuple(order)
+        self._known = known
+        self._index = 0
+        self.generation += 1
+        if self._pins:
+            for client_ip in [ip for ip, pin in self._pins.items() if pin.address not in known]:
+                del self._pins[client_ip]
+        return True
+
+    def configure(self, affinity: SessionAffinity, timeout: float) -> None:
+        """Change affinity at once. Without it all clients are forgotten; a timeout holds for old pins too."""
+        self._timeout = timeout
+        if affinity is SessionAffinity.NONE:
+            self._pins = None
+        elif self._pins is None:
+            self._pins = OrderedDict()
+
+    def purge(self) -> None:
+        """Forget clients whose affinity has expired. `pick` does not need it; the memory does."""
+        pins = self._pins
+        if not pins:
+            return
+        now = self._clock()
+        while pins and now - next(iter(pins.values())).used >= self._timeout:
+            pins.popitem(last=False)

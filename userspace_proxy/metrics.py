@@ -1,0 +1,226 @@
+"""What is counted, and how it is told to Prometheus.
+
+Counts are kept where the packets are: `ServicePortMetrics` is a slotted object of plain numbers that the
+data path adds to. They become samples only when somebody asks, and the registry is an argument, never the
+global one. When a service port vanishes its counts are dropped, so that label sets do not pile up;
+connections that outlive it count on unseen. Serving the text over HTTP is `admin`'s.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import resource
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import platform_collector as _platform
+from prometheus_client import process_collector as _process
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from userspace_proxy.model import SocketKey
+
+
+class Outcome(enum.StrEnum):
+    """How a connection or flow ended, and who ended it."""
+
+    CLIENT_CLOSED = "client_closed"
+    """In order; the client was the first to finish."""
+    ENDPOINT_CLOSED = "endpoint_closed"
+    """In order; the endpoint was the first to finish."""
+    CLIENT_RESET = "client_reset"
+    ENDPOINT_RESET = "endpoint_reset"
+    CLIENT_LOST = "client_lost"
+    """The client answered no more: keep-alive or retransmission timed out, or its network is gone."""
+    ENDPOINT_LOST = "endpoint_lost"
+    NO_ENDPOINTS = "no_endpoints"
+    DIAL_FAILED = "dial_failed"
+    """No endpoint could be connected within the ladder."""
+    NOT_CAPTURED = "not_captured"
+    """It came to the proxy port without going through a portal."""
+    HALF_CLOSE_TIMEOUT = "half_close_timeout"
+    DRAIN_TIMEOUT = "drain_timeout"
+    IDLE = "idle"
+    """A UDP flow with no datagram either way for the idle timeout."""
+    EVICTED = "evicted"
+    """A UDP flow that made room for a new one at the cap."""
+    CLOSED = "closed"
+    """A UDP flow whose service port went away or lost its endpoints."""
+
+
+class ServicePortMetrics:
+    """The counts of one service port in one family. `to_endpoint` and `to_client` are in bytes."""
+
+    __slots__ = (
+        "active",
+        "affinity_hits",
+        "dial_failures",
+        "dials",
+        "drops",
+        "ended",
+        "opened",
+        "received",
+        "replied",
+        "to_client",
+        "to_endpoint",
+    )
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.active = 0
+        self.ended: defaultdict[Outcome, int] = defaultdict(int)
+        self.to_endpoint = 0
+        self.to_client = 0
+        self.dials = 0
+        self.dial_failures: defaultdict[int, int] = defaultdict(int)
+        """By errno; a time-out is ETIMEDOUT."""
+        self.received = 0
+        """Datagrams from clients."""
+        self.replied = 0
+        self.drops: defaultdict[str, int] = defaultdict(int)
+        """Datagrams not passed on, by errno name or reason."""
+        self.affinity_hits: Callable[[], int] = int
+
+
+def errno_name(number: int) -> str:
+    return errno.errorcode.get(number, str(number))
+
+
+class Metrics:
+    """The registry's content, and the only place that knows metric names."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._service_ports: dict[SocketKey, tuple[str, ServicePortMetrics]] = {}
+        self.accept_pauses = 0
+        self.descriptors_in_use: Callable[[], int] = lambda: 0
+        _process.ProcessCollector(registry=registry)
+        _platform.PlatformCollector(registry=registry)
+        self.sync_duration = Histogram(
+            "kubeproxy_sync_proxy_rules_duration_seconds",
+            "How long one sync took.",
+            buckets=[0.001 * 2**n for n in range(15)],
+            registry=registry,
+        )
+        self.last_sync = Gauge(
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+            "When the last sync that succeeded ended.",
+            registry=registry,
+        )
+        self.last_queued = Gauge(
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+            "When a sync was last asked for.",
+            registry=registry,
+        )
+        self.sync_failures = Counter(
+            "userspace_proxy_sync_failures", "Syncs that left something undone.", registry=registry
+        )
+        self.service_port_errors = Gauge(
+            "userspace_proxy_service_port_errors",
+            "Service ports that are not served as they should be; /services says why.",
+            registry=registry,
+        )
+        self.refused_objects = Gauge(
+            "userspace_proxy_refused_objects", "Objects the source refused as invalid.", registry=registry
+        )
+        self.capture_info = Gauge(
+            "userspace_proxy_capture_info", "1 for the way of capturing in use.", ["capture"], registry=registry
+        )
+        self.capture_changes = Counter(
+            "userspace_proxy_capture_changes",
+            "Rules put in or out: because something changed, or repaired because somebody else changed ours.",
+            ["change"],
+            registry=registry,
+        )
+        self.capture_failures = Counter(
+            "userspace_proxy_capture_failures", "Times the kernel refused what was asked of it.", registry=registry
+        )
+        registry.register(_OnScrape(self._collect))
+
+    def service_port(self, key: SocketKey, protocol: str) -> ServicePortMetrics:
+        """The counts of a service port, made at first asking."""
+        known = self._service_ports.get(key)
+        if known is None or known[0] != protocol:
+            known = self._service_ports[key] = (protocol, ServicePortMetrics())
+        return known[1]
+
+    def drop(self, key: SocketKey) -> None:
+        self._service_ports.pop(key, None)
+
+    def exposition(self) -> tuple[bytes, str]:
+        """(body, content type) for /metrics."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    def _collect(self) -> Iterator[Metric]:
+        families = _families()
+        for key, (protocol, counts) in self._service_ports.items():
+            labels = [key.name.namespace, key.name.name, key.name.port, protocol, key.family.value]
+            families["opened"].add_metric(labels, counts.opened)
+            families["active"].add_metric(labels, counts.active)
+            families["bytes"].add_metric([*labels, "to_endpoint"], counts.to_endpoint)
+            families["bytes"].add_metric([*labels, "to_client"], counts.to_client)
+            families["dials"].add_metric(labels, counts.dials)
+            families["affinity"].add_metric(labels, counts.affinity_hits())
+            for outcome, count in counts.ended.items():
+                families["ended"].add_metric([*labels, outcome.value], count)
+            for number, count in counts.dial_failures.items():
+                families["dial_failures"].add_metric([*labels, errno_name(number)], count)
+            if protocol == "UDP":
+                families["datagrams"].add_metric([*labels, "to_endpoint"], counts.received)
+                families["datagrams"].add_metric([*labels, "to_client"], counts.replied)
+            for reason, count in counts.drops.items():
+                families["drops"].add_metric([*labels, reason], count)
+        yield from families.values()
+        yield CounterMetricFamily(
+            "userspace_proxy_accept_pauses", "Times accepting stopped for want of descriptors.", self.accept_pauses
+        )
+        yield GaugeMetricFamily(
+            "userspace_proxy_relay_descriptors",
+            "Descriptors held by connections and flows.",
+            self.descriptors_in_use(),
+        )
+
+
+class _OnScrape(Collector):
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collect()
+
+
+def _families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
+    labels = ["namespace", "service", "port", "protocol", "family"]
+    prefix = "userspace_proxy_"
+    return {
+        "opened": CounterMetricFamily(prefix + "sessions_opened", "Connections and UDP flows taken.", labels=labels),
+        "active": GaugeMetricFamily(prefix + "sessions_active", "Connections and UDP flows now.", labels=labels),
+        "ended": CounterMetricFamily(
+            prefix + "sessions_ended", "Connections and UDP flows ended, by outcome.", labels=[*labels, "outcome"]
+        ),
+        "bytes": CounterMetricFamily(prefix + "bytes", "Payload relayed.", labels=[*labels, "direction"]),
+        "dials": CounterMetricFamily(prefix + "dials", "Attempts to connect an endpoint.", labels=labels),
+        "dial_failures": CounterMetricFamily(
+            prefix + "dial_failures", "Attempts that failed, by errno.", labels=[*labels, "errno"]
+        ),
+        "datagrams": CounterMetricFamily(prefix + "datagrams", "Datagrams relayed.", labels=[*labels, "direction"]),
+        "drops": CounterMetricFamily(
+            prefix + "datagrams_dropped", "Datagrams not passed on, by reason.", labels=[*labels, "reason"]
+        ),
+        "affinity": CounterMetricFamily(
+            prefix + "affinity_hits", "Picks that followed a client's affinity.", labels=labels
+        ),
+    }
+
+
+def open_descriptors() -> int:
+    """Descriptors of this process; for tests and the start-up log, not for the data path."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+def descriptor_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

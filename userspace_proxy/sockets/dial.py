@@ -1,0 +1,169 @@
+"""Connecting a client to an endpoint: the ladder of attempts, off the accept path.
+
+Each attempt asks the balancer anew and passes over what this client has been sent to already. A refusal moves
+on at once; silence is given 250 ms, 500 ms, 1 s and 2 s. Nothing is read from the client meanwhile, so
+a retry loses nothing. What becomes of the pair is `relay`'s, who may dial at all is `tcp`'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from socket import SocketType
+
+from userspace_proxy.exceptions import NoEndpoints
+from userspace_proxy.loadbalancer import Address, LoadBalancer
+from userspace_proxy.metrics import Outcome, ServicePortMetrics
+from userspace_proxy.poller import ERR, HUP, OUT, Poller, Timer
+from userspace_proxy.sockets.relay import ABORT_ON_CLOSE
+
+LADDER = (0.25, 0.5, 1.0, 2.0)
+"""Seconds each attempt is given."""
+
+KEEPALIVE = 15
+"""Seconds of silence before the first probe, and between probes."""
+
+_CONNECTING = (0, errno.EINPROGRESS)
+
+
+class Dial:
+    """One client on its way to an endpoint. Exactly one of `on_connected` and `on_failed` is called, once."""
+
+    __slots__ = (
+        "_attempt",
+        "_balancer",
+        "_client_ip",
+        "_family",
+        "_metrics",
+        "_on_connected",
+        "_on_failed",
+        "_poller",
+        "_sock",
+        "_timer",
+        "_tried",
+        "client",
+        "endpoint",
+        "since",
+    )
+
+    def __init__(
+        self,
+        client: SocketType,
+        client_ip: str,
+        family: int,
+        balancer: LoadBalancer,
+        poller: Poller,
+        metrics: ServicePortMetrics,
+        on_connected: Callable[[Dial, SocketType, int], None],
+        on_failed: Callable[[Dial, Outcome], None],
+    ) -> None:
+        self.client = client
+        self.since = poller.clock()
+        self.endpoint: Address = ("", 0)
+        self._client_ip = client_ip
+        self._family = family
+        self._balancer = balancer
+        self._poller = poller
+        self._metrics = metrics
+        self._on_connected = on_connected
+        self._on_failed = on_failed
+        self._attempt = 0
+        self._tried: tuple[Address, ...] = ()
+        self._sock: SocketType | None = None
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """Go up the ladder until an attempt is under way."""
+        while self._attempt < len(LADDER):
+            try:
+                self.endpoint = self._balancer.pick(self._client_ip, self._tried)
+            except NoEndpoints:
+                self._on_failed(self, Outcome.DIAL_FAILED if self._tried else Outcome.NO_ENDPOINTS)
+                return
+            self._tried += (self.endpoint,)
+            patience = LADDER[self._attempt]
+            self._attempt += 1
+            self._metrics.dials += 1
+            try:
+                sock = self._connect()
+            except OSError as error:
+                self._metrics.dial_failures[error.errno or errno.EIO] += 1
+                continue
+            self._sock = sock
+            self._poller.register(sock, self)
+            self._timer = self._poller.call_at(self._poller.clock() + patience, self._time_out)
+            return
+        self._on_failed(self, Outcome.DIAL_FAILED)
+
+    def cancel(self) -> None:
+        """Give up without calling back."""
+        self._drop_attempt()
+        self._attempt = len(LADDER)
+
+    def on_events(self, events: int) -> None:
+        sock = self._sock
+        if sock is None:
+            return
+        if events & (ERR | HUP):
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:
+                self._fail(number)
+                return
+        if not events & OUT:
+            return
+        if self._met_itself(sock):
+            self._fail(errno.ECONNREFUSED)
+            return
+        self._sock = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._on_connected(self, sock, events)
+
+    def _connect(self) -> SocketType:
+        sock = SocketType(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
+            set_keepalive(sock)
+            number = sock.connect_ex(self.endpoint)
+            if number not in _CONNECTING:
+                raise OSError(number, os.strerror(number))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def _met_itself(self, sock: SocketType) -> bool:
+        """Whether TCP connected the socket to itself.
+
+        A local endpoint that is down, on a port the kernel also hands out as a source port, can be "reached"
+        by a simultaneous open with oneself.
+        """
+        if self.endpoint[1] < 1024:
+            return False
+        local: Address = sock.getsockname()[:2]
+        return local == self.endpoint
+
+    def _fail(self, number: int) -> None:
+        self._metrics.dial_failures[number] += 1
+        self._drop_attempt()
+        self.start()
+
+    def _time_out(self) -> None:
+        self._fail(errno.ETIMEDOUT)
+
+    def _drop_attempt(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sock is not None:
+            self._poller.discard(self._sock)
+            self._sock = None
+
+
+def set_keepalive(sock: SocketType) -> None:
+    """No delay for small writes, and probes that find out about a peer that is gone."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE)

@@ -1,0 +1,308 @@
+"""TCP proxy sockets: taking clients, and keeping account of their connections.
+
+A `TCPSocket` is one service port: its proxy port, listened on while there are endpoints.
+`TCPSockets` is what they all share: the pipes, the descriptors, and every live connection, since those
+outlive their sockets. Between accepting and relaying lies `dial`; the bytes are `relay`'s.
+
+Options are set on the listener, whose accepted sockets inherit them: no delay, keep-alive, and the
+linger that makes a reset of every end that is not in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable, Collection
+from socket import SocketType
+
+from userspace_proxy.exceptions import PortError
+from userspace_proxy.loadbalancer import Address, LoadBalancer
+from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
+from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.poller import EDGE_IN, Poller
+from userspace_proxy.sockets.base import AF, Descriptors, Session, bind
+from userspace_proxy.sockets.dial import Dial, set_keepalive
+from userspace_proxy.sockets.relay import ABORT_ON_CLOSE, Pipes, Relay
+
+logger = logging.getLogger(__name__)
+
+ACCEPTS = 64
+"""Clients taken in one turn."""
+BACKLOG = 65535
+"""Clients that may wait to be taken; the kernel cuts it to net.core.somaxconn."""
+PAUSE = 0.1
+"""Seconds until the next try when the kernel has no room for another connection."""
+
+_EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+# (level, option, length, the address's place in the answer): SO_ORIGINAL_DST and its IPv6 twin have no names here.
+_ORIGINAL_DESTINATION = {
+    IPFamily.IPV4: (socket.SOL_IP, 80, 16, slice(4, 8)),
+    IPFamily.IPV6: (socket.IPPROTO_IPV6, 80, 28, slice(8, 24)),
+}
+
+
+class TCPSockets:
+    """All TCP proxy sockets, and their connections."""
+
+    protocol = Protocol.TCP
+
+    def __init__(
+        self, poller: Poller, descriptors: Descriptors, metrics: Metrics, *, splice: bool, half_close_timeout: float
+    ) -> None:
+        self.poller = poller
+        self.descriptors = descriptors
+        self.pipes = Pipes(descriptors) if splice else None
+        self.metrics = metrics
+        self.draining = False
+        self._on_idle: Callable[[], None] | None = None
+        self._half_close_timeout = half_close_timeout
+        self._dials: dict[Dial, TCPSocket] = {}
+        self._relays: dict[Relay, TCPSocket] = {}
+        self._sweep_later()
+
+    def open(
+        self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
+    ) -> TCPSocket:
+        return TCPSocket(self, key, ip, port, balancer, metrics)
+
+    @property
+    def active(self) -> int:
+        return len(self._dials) + len(self._relays)
+
+    def count(self) -> None:
+        """Bring the metrics up to this moment."""
+        for relay in self._relays:
+            relay.count()
+
+    def sessions(self) -> list[Session]:
+        now = self.poller.clock()
+        return [_describe(relay, tcp_socket, now) for relay, tcp_socket in self._relays.items()]
+
+    def drain(self, on_idle: Callable[[], None]) -> None:
+        self.draining = True
+        self._on_idle = on_idle
+        if not self.active:
+            on_idle()
+
+    def end_all(self, outcome: Outcome) -> None:
+        for dial in list(self._dials):
+            dial.cancel()
+            self._refuse(dial, outcome)
+        for relay in list(self._relays):
+            relay.abort(outcome)
+        if self.pipes is not None:
+            self.pipes.close()
+
+    # -- the life of a connection
+
+    def take(self, tcp_socket: TCPSocket, client: SocketType, client_ip: str) -> None:
+        tcp_socket.metrics.opened += 1
+        tcp_socket.metrics.active += 1
+        dial = Dial(
+            client,
+            client_ip,
+            AF[tcp_socket.key.family],
+            tcp_socket.balancer,
+            self.poller,
+            tcp_socket.metrics,
+            self._connected,
+            self._refuse,
+        )
+        self._dials[dial] = tcp_socket
+        dial.start()
+
+    def _connected(self, dial: Dial, endpoint: SocketType, events: int) -> None:
+        tcp_socket = self._dials.pop(dial)
+        relay = Relay(dial.client, endpoint, self.poller, self.pipes, tcp_socket.metrics, self._ended, dial.since)
+        self._relays[relay] = tcp_socket
+        relay.start(events)
+
+    def _refuse(self, dial: Dial, outcome: Outcome) -> None:
+        """The client gets a reset: its socket lingers for no time."""
+        tcp_socket = self._dials.pop(dial)
+        self.poller.discard(dial.client)
+        self._account(tcp_socket, outcome)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: client refused: %s", tcp_socket.key.name, outcome.value)
+
+    def _ended(self, relay: Relay) -> None:
+        tcp_socket = self._relays.pop(relay)
+        assert relay.ended is not None
+        self._account(tcp_socket, relay.ended)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "%s: %s after %.3f s, %d bytes to the endpoint, %d to the client",
+                tcp_socket.key.name,
+                relay.ended.value,
+                self.poller.clock() - relay.since,
+                relay.to_endpoint.bytes,
+                relay.to_client.bytes,
+            )
+
+    def _account(self, tcp_socket: TCPSocket, outcome: Outcome) -> None:
+        tcp_socket.metrics.active -= 1
+        tcp_socket.metrics.ended[outcome] += 1
+        self.descriptors.give(2)
+        if self._on_idle is not None and not self.active:
+            self._on_idle()
+
+    def _sweep_later(self) -> None:
+        self.poller.call_at(self.poller.clock() + self._half_close_timeout / 4, self._sweep)
+
+    def _sweep(self) -> None:
+        now = self.poller.clock()
+        for relay in [r for r in self._relays if r.is_stale(now, self._half_close_timeout)]:
+            relay.abort(Outcome.HALF_CLOSE_TIMEOUT)
+        self._sweep_later()
+
+
+class TCPSocket:
+    """The proxy socket of one TCP service port."""
+
+    def __init__(
+        self,
+        shared: TCPSockets,
+        key: SocketKey,
+        ip: str,
+        port: int,
+        balancer: LoadBalancer,
+        metrics: ServicePortMetrics,
+    ) -> None:
+        self.key = key
+        self.port = port
+        self.balancer = balancer
+        self.metrics = metrics
+        self._shared = shared
+        self._serving = False
+        self._paused = False
+        self._resume = self._go_on
+        self._places: frozenset[bytes] | None = None
+        self._node_ports: frozenset[bytes] = frozenset()
+        # One socket in all states. Bound to an explicit number it keeps the port when it stops listening; a port
+        # from bind(0) would be lost then.
+        self._listener: SocketType = bind(key.family, socket.SOCK_STREAM, ip, port)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
+        set_keepalive(self._listener)
+        shared.poller.register(self._listener, self, EDGE_IN)
+
+    def serve(self) -> None:
+        if self._serving:
+            return
+        try:
+            # Inherited by connections, whose TIME_WAIT then does not keep a successor from binding this port.
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.listen(BACKLOG)
+        except OSError as error:
+            raise PortError(f"cannot listen on proxy port {self.port}: {error.strerror}") from error
+        self._serving = True
+
+    def refuse(self) -> None:
+        if not self._serving:
+            return
+        self._shared.descriptors.forget(self._resume)
+        # Clients that got as far as the queue get their answer from us; what is left there is reset.
+        self._paused = False
+        self._accept()
+        self._serving = False
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+    def admit(self, portals: Collection[Portal] | None) -> None:
+        if portals is None:
+            self._places = None
+            return
+        family = AF[self.key.family]
+        self._places = frozenset(struct.pack("!H", p.port) + socket.inet_pton(family, p.ip) for p in portals if p.ip)
+        self._node_ports = frozenset(struct.pack("!H", p.port) for p in portals if not p.ip)
+
+    def close(self) -> None:
+        self.refuse()
+        self._shared.poller.discard(self._listener)
+
+    # -- accepting
+
+    def on_events(self, _events: int) -> None:
+        if not self._paused:
+            self._accept()
+
+    def _accept(self) -> None:
+        if not self._serving or self._shared.draining:
+            return
+        for _ in range(ACCEPTS):
+            if not self._shared.descriptors.take(2):
+                self._pause()
+                self._shared.descriptors.wait(self._resume)
+                return
+            if not self._accept_one():
+                self._shared.descriptors.give(2)
+                return
+        self._shared.poller.again(self._accept)
+
+    def _accept_one(self) -> bool:
+        """Take one client; False when none is left, or none can be had for now."""
+        try:
+            # What socket.accept() does, less its conversion of three enums; the client stays blocking at no
+            # cost, since every call on it says MSG_DONTWAIT.
+            fd, peer = self._listener._accept()  # type: ignore[attr-defined]
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._pause()
+                self._shared.poller.call_at(self._shared.poller.clock() + PAUSE, self._go_on)
+                return False
+            # A client that left while it waited (ECONNABORTED, EPROTO...): its place in the queue is gone, go on.
+            self._shared.descriptors.give(2)
+            return True
+        client = SocketType(AF[self.key.family], socket.SOCK_STREAM, 0, fd)
+        if self._places is not None and not self._came_through_a_portal(client):
+            client.close()
+            self.metrics.ended[Outcome.NOT_CAPTURED] += 1
+            self._shared.descriptors.give(2)
+            return True
+        self._shared.take(self, client, peer[0])
+        return True
+
+    def _came_through_a_portal(self, client: SocketType) -> bool:
+        level, option, length, address = _ORIGINAL_DESTINATION[self.key.family]
+        try:
+            raw = client.getsockopt(level, option, length)
+        except OSError:
+            return False  # conntrack knows nothing of it: nobody translated it
+        port = raw[2:4]
+        return self._places is not None and (port + raw[address] in self._places or port in self._node_ports)
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._shared.metrics.accept_pauses += 1
+            logger.warning(
+                "%s: no descriptors left, clients wait; raise the limit on open files (ulimit -n)", self.key.name
+            )
+
+    def _go_on(self) -> None:
+        self._paused = False
+        self._accept()
+
+
+def _describe(relay: Relay, tcp_socket: TCPSocket, now: float) -> Session:
+    def peer(sock: SocketType) -> str:
+        try:
+            address: Address = sock.getpeername()[:2]
+        except OSError:
+            return ""  # gone since, and its event is on the way
+        return join_host_port(*address)
+
+    return Session(
+        service_port=str(tcp_socket.key.name),
+        protocol=Protocol.TCP.value,
+        client=peer(relay.to_endpoint.source),
+        endpoint=peer(relay.to_client.source),
+        state="half-closed" if relay.waiting else "open",
+        seconds=round(now - relay.since, 3),
+        to_endpoint=relay.to_endpoint.bytes,
+        to_client=relay.to_client.bytes,
+    )

@@ -1,0 +1,428 @@
+"""UDP proxy sockets: datagrams between clients and endpoints, flow by flow.
+
+A flow is a client address and the local address it spoke to; it owns a socket connected to its endpoint. Its
+idle clock runs from the last datagram either way. Replies leave from the address the client spoke to, as
+IP_PKTINFO tells it, or NAT on the way back would not know them.
+
+`UDPSocket` is one service port; `UDPSockets` is what they share: the flows of all, capped together since
+descriptors are, the one idle longest going first. Watching is level-triggered here: most wake-ups bring one
+datagram, and a second read only to hear EAGAIN would cost as much as the first.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+import logging
+import socket
+import struct
+import typing
+from collections.abc import Callable, Collection
+from socket import SocketType
+
+from userspace_proxy.exceptions import NoEndpoints
+from userspace_proxy.loadbalancer import Address, LoadBalancer
+from userspace_proxy.metrics import Outcome, ServicePortMetrics, errno_name
+from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.poller import LEVEL_IN, Poller
+from userspace_proxy.sockets.base import AF, Descriptors, Session, bind, claim
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 65535
+"""More than the largest payload (65,507 bytes over IPv4), so that nothing is ever truncated."""
+DATAGRAMS = 32
+"""Datagrams from clients in one turn of a service port."""
+RECEIVE_BUFFER = 4 * 1024 * 1024
+"""Asked for on the socket all clients of a service port share; the kernel caps it at net.core.rmem_max."""
+SWEEP = 0.05
+"""Seconds by which an idle flow may outstay its time-out."""
+
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+_buffer = bytearray(LARGEST)
+_view = memoryview(_buffer)
+
+_IPV6_PKTINFO = 50
+_IPV6_RECVPKTINFO = 49
+_IP_PKTINFO = 8
+_ANCILLARY = socket.CMSG_SPACE(20)
+
+ClientAddress = tuple[typing.Any, ...]
+FlowKey = tuple[ClientAddress, bytes]
+
+
+class Flow:
+    """One client's datagrams: a socket connected to the endpoint, watched for its replies."""
+
+    __slots__ = (
+        "ancillary",
+        "client",
+        "endpoint",
+        "generation",
+        "key",
+        "last",
+        "owner",
+        "received",
+        "refused",
+        "replied",
+        "since",
+        "sock",
+    )
+
+    def __init__(self, owner: UDPSocket, key: FlowKey, ancillary: list[tuple[int, int, bytes]], now: float) -> None:
+        self.owner = owner
+        self.key = key
+        self.client = key[0]
+        self.ancillary = ancillary
+        self.since = self.last = now
+        self.sock: SocketType | None = None
+        self.endpoint: Address = ("", 0)
+        self.generation = -1
+        self.refused = False
+        """The endpoint's host said that nobody listens there; known only after a datagram was lost to it."""
+        self.received = 0
+        self.replied = 0
+
+    def on_events(self, _events: int) -> None:
+        """A reply. One a wake-up: a flow with more fires again."""
+        sock = self.sock
+        if sock is None:
+            return
+        try:
+            size = sock.recv_into(_buffer, 0, _DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # ICMP about an earlier datagram, delivered here. The flow lives on: the next datagram decides.
+            self.refused = True
+            self.owner.metrics.dial_failures[error.errno or 0] += 1
+            return
+        self.last = self.owner.shared.poller.clock()
+        self.replied += 1
+        self.owner.reply(self, size)
+
+
+class UDPSockets:
+    """All UDP proxy sockets, and their flows."""
+
+    protocol = Protocol.UDP
+
+    def __init__(self, poller: Poller, descriptors: Descriptors, *, idle_timeout: float, max_flows: int) -> None:
+        self.poller = poller
+        self.draining = False
+        self._on_idle: Callable[[], None] | None = None
+        self._descriptors = descriptors
+        self._idle_timeout = idle_timeout
+        self._max_flows = max_flows
+        self._count = 0
+        self._sequence = itertools.count()
+        self._idle: list[tuple[float, int, Flow]] = []
+        """A heap by when to look at a flow again, which is never later than its true deadline."""
+        self._sweeping = False
+        self._sockets: set[UDPSocket] = set()
+
+    def open(
+        self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
+    ) -> UDPSocket:
+        udp_socket = UDPSocket(self, key, ip, port, balancer, metrics)
+        self._sockets.add(udp_socket)
+        return udp_socket
+
+    @property
+    def active(self) -> int:
+        return self._count
+
+    def count(self) -> None:
+        """Bring the metrics up to this moment: they are."""
+
+    def sessions(self) -> list[Session]:
+        now = self.poller.clock()
+        return [_describe(flow, now) for udp_socket in self._sockets for flow in udp_socket.flows.values()]
+
+    def drain(self, on_idle: Callable[[], None]) -> None:
+        self.draining = True
+        self._on_idle = on_idle
+        if not self.active:
+            on_idle()
+
+    def end_all(self, outcome: Outcome) -> None:
+        for udp_socket in list(self._sockets):
+            udp_socket.end_flows(outcome)
+
+    def forget(self, udp_socket: UDPSocket) -> None:
+        self._sockets.discard(udp_socket)
+
+    # -- flows
+
+    def room(self) -> bool:
+        """Room for one more flow, if need be by ending the one that has been idle longest."""
+        while self._count >= self._max_flows or not self._descriptors.take(1):
+            flow = self._pop_due(float("inf"))
+            if flow is None:
+                return False
+            self.end(flow, Outcome.EVICTED)
+        return True
+
+    def add(self, flow: Flow) -> None:
+        """A flow whose place was given by `room`."""
+        self._count += 1
+        flow.owner.flows[flow.key] = flow
+        flow.owner.metrics.opened += 1
+        flow.owner.metrics.active += 1
+        heapq.heappush(self._idle, (flow.last + self._idle_timeout, next(self._sequence), flow))
+        if not self._sweeping:
+            self._sweep_at(flow.last + self._idle_timeout)
+
+    def end(self, flow: Flow, outcome: Outcome) -> None:
+        if flow.owner.flows.pop(flow.key, None) is None:
+            return
+        self._count -= 1
+        if flow.sock is not None:
+            self.poller.discard(flow.sock)
+            flow.sock = None
+        metrics = flow.owner.metrics
+        metrics.active -= 1
+        metrics.ended[outcome] += 1
+        self._descriptors.give(1)
+        if self._on_idle is not None and not self._count:
+            self._on_idle()
+
+    def _pop_due(self, now: float) -> Flow | None:
+        """The flow idle longest, if its time is over at `now`."""
+        idle = self._idle
+        while idle and idle[0][0] <= now:
+            when, _, flow = idle[0]
+            if flow.sock is None:  # ended meanwhile
+                heapq.heappop(idle)
+                continue
+            deadline = flow.last + self._idle_timeout
+            if deadline > when:
+                heapq.heapreplace(idle, (deadline, next(self._sequence), flow))
+                continue
+            heapq.heappop(idle)
+            return flow
+        return None
+
+    def _sweep_at(self, when: float) -> None:
+        self._sweeping = True
+        self.poller.call_at(max(when, self.poller.clock() + SWEEP), self._sweep)
+
+    def _sweep(self) -> None:
+        now = self.poller.clock()
+        while (flow := self._pop_due(now)) is not None:
+            self.end(flow, Outcome.IDLE)
+        if self._idle:
+            self._sweep_at(self._idle[0][0])
+        else:
+            self._sweeping = False
+
+
+class UDPSocket:
+    """The proxy socket of one UDP service port."""
+
+    def __init__(
+        self,
+        shared: UDPSockets,
+        key: SocketKey,
+        ip: str,
+        port: int,
+        balancer: LoadBalancer,
+        metrics: ServicePortMetrics,
+    ) -> None:
+        self.key = key
+        self.port = port
+        self.balancer = balancer
+        self.metrics = metrics
+        self.shared = shared
+        self.flows: dict[FlowKey, Flow] = {}
+        self._ip = ip
+        self._sock: SocketType | None = None
+        """Where clients are heard, while serving."""
+        # While refusing. Bound on its own first, it has made sure that nobody shares the port; from here on
+        # its successors do, each beside the one whose place it takes.
+        self._claim: SocketType | None = claim(key.family, socket.SOCK_DGRAM, ip, port)
+        self._claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+    def serve(self) -> None:
+        if self._sock is not None:
+            return
+        sock = bind(self.key.family, socket.SOCK_DGRAM, self._ip, self.port, beside_ours=True)
+        if self.key.family is IPFamily.IPV4:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self._sock = sock
+        self.shared.poller.register(sock, self, LEVEL_IN)
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+    def refuse(self) -> None:
+        if self._sock is None:
+            return
+        self._claim = claim(self.key.family, socket.SOCK_DGRAM, self._ip, self.port, beside_ours=True)
+        self._stop_hearing()
+
+    def _stop_hearing(self) -> None:
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            self.end_flows(Outcome.CLOSED)
+            self.shared.poller.discard(sock)
+
+    def admit(self, portals: Collection[Portal] | None) -> None:
+        """Datagrams carry no original destination that could be asked for; whoever sends here is served."""
+
+    def close(self) -> None:
+        self._stop_hearing()
+        if self._claim is not None:
+            self._claim.close()
+        self.shared.forget(self)
+
+    def end_flows(self, outcome: Outcome) -> None:
+        for flow in list(self.flows.values()):
+            self.shared.end(flow, outcome)
+
+    # -- datagrams
+
+    def on_events(self, _events: int) -> None:
+        """Datagrams from clients."""
+        sock = self._sock
+        if sock is None:
+            return
+        now = self.shared.poller.clock()
+        for _ in range(DATAGRAMS):
+            try:
+                size, ancillary, _flags, client = sock.recvmsg_into((_buffer,), _ANCILLARY, _DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # ICMP about a reply to some client that is gone, or no memory: it concerns no other client.
+                self._drop(error)
+                return
+            local = ancillary[0][2] if ancillary else b""
+            flow = self.flows.get((client, local)) or self._new_flow(client, local, now)
+            if flow is not None:
+                flow.last = now
+                self._forward(flow, size)
+
+    def reply(self, flow: Flow, size: int) -> None:
+        """Send what lies in the buffer to the flow's client."""
+        sock = self._sock
+        if sock is None:
+            return
+        try:
+            sock.sendmsg((_view[:size],), flow.ancillary, _DONTWAIT, flow.client)
+        except OSError as error:
+            self._drop(error)
+        else:
+            self.metrics.replied += 1
+            self.metrics.to_client += size
+
+    def _new_flow(self, client: ClientAddress, local: bytes, now: float) -> Flow | None:
+        if self.shared.draining:
+            return None
+        if not self.shared.room():
+            self.metrics.drops["no room for a flow"] += 1
+            return None
+        flow = Flow(self, (client, local), _from_where_it_came(self.key.family, local), now)
+        self.shared.add(flow)
+        return flow
+
+    def _forward(self, flow: Flow, size: int) -> None:
+        """Send what lies in the buffer to the flow's endpoint, connecting it first where it has none (left)."""
+        balancer = self.balancer
+        if (flow.refused or flow.generation != balancer.generation) and not self._settle(flow):
+            return
+        for _ in range(2):
+            sock = flow.sock
+            if sock is None:
+                return
+            try:
+                sock.send(_view[:size], _DONTWAIT)
+            except ConnectionRefusedError:
+                # Old news: the kernel tells of an earlier datagram and has not sent this one. It goes to another
+                # endpoint if there is one, else to the same once more.
+                self.metrics.dial_failures[errno.ECONNREFUSED] += 1
+                flow.refused = True
+                if not self._settle(flow):
+                    return
+            except OSError as error:
+                self._drop(error)
+                return
+            else:
+                flow.received += 1
+                self.metrics.received += 1
+                self.metrics.to_endpoint += size
+                return
+        self.metrics.drops["ECONNREFUSED"] += 1
+
+    def _settle(self, flow: Flow) -> bool:
+        """Give the flow an endpoint that exists, and is not known to refuse while there are others."""
+        balancer = self.balancer
+        if flow.sock is not None and not flow.refused and balancer.has(flow.endpoint):
+            flow.generation = balancer.generation
+            return True
+        tried = (flow.endpoint,) if flow.refused else ()
+        flow.refused = False
+        try:
+            endpoint = balancer.pick(flow.client[0], tried)
+        except NoEndpoints:
+            self.shared.end(flow, Outcome.NO_ENDPOINTS)
+            return False
+        flow.generation = balancer.generation
+        if flow.sock is not None and endpoint == flow.endpoint:
+            return True
+        return self._connect(flow, endpoint)
+
+    def _connect(self, flow: Flow, endpoint: Address) -> bool:
+        self.metrics.dials += 1
+        try:
+            sock = SocketType(AF[self.key.family], socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
+                sock.connect(endpoint)
+                self.shared.poller.register(sock, flow, LEVEL_IN)
+            except OSError:
+                sock.close()
+                raise
+        except OSError as error:
+            self.metrics.dial_failures[error.errno or 0] += 1
+            self._drop(error)
+            self.shared.end(flow, Outcome.DIAL_FAILED)
+            return False
+        old, flow.sock, flow.endpoint = flow.sock, sock, endpoint
+        if old is not None:
+            self.shared.poller.discard(old)
+        return True
+
+    def _drop(self, error: OSError) -> None:
+        self.metrics.drops[errno_name(error.errno or 0)] += 1
+
+
+def _from_where_it_came(family: IPFamily, pktinfo: bytes) -> list[tuple[int, int, bytes]]:
+    """Control messages that make a reply leave from the address the datagram was sent to.
+
+    The interface is left to routing (0): naming the one it came by loses replies under NAT to loopback. Only
+    link-local IPv6 addresses mean nothing without it.
+    """
+    if not pktinfo:
+        return []
+    if family is IPFamily.IPV4:
+        return [(socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=I4s4s", 0, pktinfo[8:12], bytes(4)))]
+    link_local = pktinfo[0] == 0xFE and pktinfo[1] & 0xC0 == 0x80
+    interface = pktinfo[16:20] if link_local else bytes(4)
+    return [(socket.IPPROTO_IPV6, _IPV6_PKTINFO, pktinfo[:16] + interface)]
+
+
+def _describe(flow: Flow, now: float) -> Session:
+    return Session(
+        service_port=str(flow.owner.key.name),
+        protocol=Protocol.UDP.value,
+        client=join_host_port(flow.client[0], flow.client[1]),
+        endpoint=join_host_port(*flow.endpoint),
+        state="open",
+        seconds=round(now - flow.since, 3),
+        to_endpoint=flow.received,
+        to_client=flow.replied,
+    )
