@@ -1,0 +1,43 @@
+"""Small stand-ins for the seams, where what is tested is on this side of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from userspace_proxy.capture.base import Changes
+from userspace_proxy.exceptions import CaptureError
+from userspace_proxy.model import Redirect
+
+
+class RecordingCapture:
+    """Keeps what it was told, and fails on demand. Calls back before each change, as the kernel would see it."""
+
+    name = "recording"
+    rewrites_destination = True
+
+    def __init__(self) -> None:
+        self.redirects: frozenset[Redirect] = frozenset()
+        self.calls = 0
+        self.withdrawn = False
+        self.error = ""
+        self.on_replace: Callable[[frozenset[Redirect]], None] = lambda _: None
+
+    async def start(self) -> None:
+        self.redirects = frozenset()
+
+    async def replace(self, redirects: Collection[Redirect]) -> Changes:
+        self.calls += 1
+        wanted = frozenset(redirects)
+        self.on_replace(wanted)
+        if self.error:
+            raise CaptureError(self.error)
+        changes = Changes(len(wanted - self.redirects), len(self.redirects - wanted))
+        self.redirects = wanted
+        return changes
+
+    async def withdraw(self) -> None:
+        self.redirects = frozenset()
+        self.withdrawn = True
+
+    async def close(self) -> None:
+        self.redirects = frozenset()

@@ -1,0 +1,213 @@
+"""The wiring: from a Config to a running proxy and, at a signal, to one that has left nothing behind.
+
+Everything long-lived is made here and runs in one TaskGroup. The order at the end is the reverse of the one at
+the start: captures are withdrawn, sockets stop taking clients, sessions drain, then all that remains is
+closed. How to loop, to plan and to relay is elsewhere; so is what the flags mean (`config`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+
+from prometheus_client import CollectorRegistry
+
+from userspace_proxy import host
+from userspace_proxy.admin.health import Health, HealthPages
+from userspace_proxy.admin.metrics import Views
+from userspace_proxy.admin.servers import AdminServer
+from userspace_proxy.capture.base import Capture
+from userspace_proxy.capture.choose import choose
+from userspace_proxy.config import Config, PortRange
+from userspace_proxy.exceptions import CaptureError
+from userspace_proxy.metrics import Metrics, Outcome
+from userspace_proxy.model import Protocol, Snapshot
+from userspace_proxy.poller import Poller
+from userspace_proxy.proxier import Proxier
+from userspace_proxy.sockets.base import Descriptors, ProxySockets, Session
+from userspace_proxy.sockets.tcp import TCPSockets
+from userspace_proxy.sockets.udp import UDPSockets
+from userspace_proxy.sources.manifests import ManifestSource
+from userspace_proxy.table import render
+
+logger = logging.getLogger(__name__)
+
+RESERVE = 128
+"""Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
+
+
+class Stopped(Exception):
+    """Ends the TaskGroup when it is time to."""
+
+
+class Signals:
+    """SIGTERM and SIGINT: the first asks for an orderly end, the second for an end."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.over = asyncio.Event()
+        """There is nothing (more) to wait for: sessions have ended, or a second signal came."""
+
+    def watch(self, source: ManifestSource) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, source.reload)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.stop.is_set():
+            self.over.set()
+        else:
+            logger.info("%s: draining; a second signal ends at once", number.name)
+            self.stop.set()
+
+
+class App:
+    """One running proxy. `run` is all there is to call."""
+
+    def __init__(self, config: Config, capture: Capture) -> None:
+        self._config = config
+        self._capture = capture
+        self._limit = host.raise_descriptor_limit()
+        self._descriptors = Descriptors(max(2, self._limit - RESERVE))
+        self._metrics = Metrics(CollectorRegistry())
+        self._metrics.descriptors_in_use = lambda: self._descriptors.used
+        self._metrics.capture_info.labels(capture.name).set(1)
+        self._poller = Poller(asyncio.get_running_loop())
+        self._sockets: Mapping[Protocol, ProxySockets] = {
+            Protocol.TCP: TCPSockets(
+                self._poller,
+                self._descriptors,
+                self._metrics,
+                splice=config.splice,
+                half_close_timeout=config.half_close_timeout,
+            ),
+            Protocol.UDP: UDPSockets(
+                self._poller, self._descriptors, idle_timeout=config.udp_timeout, max_flows=config.max_udp_flows
+            ),
+        }
+        self._source = ManifestSource(config.manifests)
+        self._proxier = Proxier(
+            capture,
+            self._sockets,
+            self._metrics,
+            bind_address=config.bind_address,
+            port_range=config.proxy_port_range or PortRange(*host.ephemeral_ports()),
+            nodeport_networks=config.nodeport_addresses,
+            sync_period=config.iptables_sync_period,
+            min_sync_period=config.iptables_min_sync_period,
+            after_sync=self._fit_descriptors,
+        )
+        self._signals = Signals()
+
+    async def run(self) -> None:
+        """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now."""
+        self._signals.watch(self._source)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._source.run(self._publish), name="source")
+                tasks.create_task(self._proxier.run(), name="proxier")
+                for server in self._admin_servers():
+                    tasks.create_task(server.run(), name="admin")
+                tasks.create_task(self._show_table(), name="table")
+                tasks.create_task(self._end_on_signal(), name="signals")
+        except* Stopped:
+            pass
+        finally:
+            await self._leave_nothing_behind()
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        self._proxier.publish(snapshot)
+        self._metrics.refused_objects.set(len(self._source.problems))
+
+    async def _show_table(self) -> None:
+        await self._proxier.progress.first_sync.wait()
+        captured = self._capture.rewrites_destination and not self._proxier.progress.capture_error
+        sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
+        sys.stdout.flush()
+
+    def _fit_descriptors(self) -> None:
+        """Sessions may have what proxy sockets leave."""
+        self._descriptors.limit = max(2, self._limit - RESERVE - self._proxier.proxy_descriptors)
+
+    async def _end_on_signal(self) -> None:
+        """Drain while health, metrics and the control loop still answer; then end them all."""
+        await self._signals.stop.wait()
+        await self._drain()
+        raise Stopped
+
+    async def _drain(self) -> None:
+        await self._proxier.withdraw()
+        open_kinds = set(self._sockets)
+
+        def ended(protocol: Protocol) -> None:
+            open_kinds.discard(protocol)
+            if not open_kinds:
+                self._signals.over.set()
+
+        for protocol, sockets in self._sockets.items():
+            sockets.drain(partial(ended, protocol))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_timeout):
+                await self._signals.over.wait()
+
+    def _admin_servers(self) -> Iterator[AdminServer]:
+        config = self._config
+        if config.healthz_bind_address:
+            pages = HealthPages(self._health, time.monotonic, 2 * config.iptables_sync_period)
+            yield AdminServer(
+                "--healthz-bind-address",
+                config.healthz_bind_address,
+                pages.app(),
+                hard_fail=config.bind_address_hard_fail,
+            )
+        if config.metrics_bind_address:
+            views = Views(self._exposition, config.configz, self._proxier.report, self._sessions)
+            yield AdminServer(
+                "--metrics-bind-address",
+                config.metrics_bind_address,
+                views.app(),
+                hard_fail=config.bind_address_hard_fail,
+            )
+
+    def _health(self) -> Health:
+        progress = self._proxier.progress
+        return Health(
+            last_sync=progress.last_sync,
+            waiting_since=progress.waiting_since,
+            trouble=progress.capture_error and f"capture {self._capture.name}: {progress.capture_error}",
+            draining=self._signals.stop.is_set(),
+        )
+
+    def _exposition(self) -> tuple[bytes, str]:
+        for sockets in self._sockets.values():
+            sockets.count()
+        return self._metrics.exposition()
+
+    def _sessions(self) -> list[Session]:
+        return [session for sockets in self._sockets.values() for session in sockets.sessions()]
+
+    async def _leave_nothing_behind(self) -> None:
+        left = sum(sockets.active for sockets in self._sockets.values())
+        if left:
+            logger.warning("%d sessions were still open and are reset; see --drain-timeout", left)
+        for sockets in self._sockets.values():
+            sockets.end_all(Outcome.DRAIN_TIMEOUT)
+        self._proxier.close()
+        self._poller.close()
+        try:
+            await self._capture.close()
+        except CaptureError as error:
+            logger.error("%s; run userspace-proxy --cleanup", error)
+
+
+async def serve(config: Config) -> None:
+    """Run a proxy until a signal ends it. Raises ConfigError, or CaptureError if the capture asked for cannot work."""
+    capture = await choose(config.capture, bind_address=config.bind_address, nodeport_cidrs=config.nodeport_addresses)
+    await App(config, capture).run()

@@ -1,0 +1,57 @@
+"""What this host is: its addresses, its limits, its numbers.
+
+Asked for when a decision needs it, never kept: addresses come and go. Deciding is `plan`'s and `ports`';
+changing anything about the host is `capture`'s.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import resource
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+from userspace_proxy.model import IPFamily, family_of
+
+_AF = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def is_local_address(ip: str) -> bool:
+    """Whether this host owns an address: only then can a socket be bound to it."""
+    try:
+        with socket.socket(_AF[family_of(ip)], socket.SOCK_DGRAM) as probe:
+            probe.bind((ip, 0))
+    except OSError:
+        return False
+    return True
+
+
+def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:
+    """This host's addresses within the networks. Blocks for some milliseconds: call it in a thread."""
+    wanted = [ipaddress.ip_network(network) for network in networks]
+    with IPRoute() as route:
+        found = {str(message.get("address")) for message in route.get_addr()}
+    addresses = sorted(ipaddress.ip_address(text.partition("%")[0]) for text in found if text != "None")
+    return tuple(str(ip) for ip in addresses if any(ip in network for network in wanted))
+
+
+def ephemeral_ports() -> tuple[int, int]:
+    """First and last of the ports the kernel hands out by itself."""
+    try:
+        first, last = map(int, _EPHEMERAL_PORTS.read_text().split())
+    except OSError:
+        return 32768, 60999
+    return first, last
+
+
+def raise_descriptor_limit() -> int:
+    """Allow ourselves as many descriptors as we may; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft

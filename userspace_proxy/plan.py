@@ -1,0 +1,221 @@
+"""What to do, in which order, so that no client is ever sent where nobody listens.
+
+`desired` says what should be, from a Snapshot's service ports; `plan` says how to get there from what is.
+Both only compute. The proxier carries the steps out, one by one, and keeps what is (its `have`) true to
+what worked. Endpoints are not in here: they go to the load balancers at once and move no socket or rule.
+
+The safe order. A load balancer knows its endpoints before its socket opens; the socket listens and the
+node port is claimed before the capture sends traffic there. Closing is the same reversed: first the
+capture is withdrawn, then the node port is given up, and sockets close last of all. A service port whose
+protocol changes has to close before it can open, and goes through both halves in one plan.
+
+When a step fails, the proxier notes it, leaves `have` without it, and goes on:
+
+- `Open` or `Claim`: what depends on it is left out of every `Replace` that follows, see `without`.
+- `Replace`: the rest of the plan is dropped, because the old redirects may still be in force, and a proxy
+  port that is closed under its redirect can be taken by another service port, which would get the traffic.
+
+The next sync plans anew from what is by then, so what failed is tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from userspace_proxy import ports
+from userspace_proxy.model import (
+    Endpoint,
+    IPFamily,
+    Portal,
+    PortalKind,
+    Protocol,
+    ServicePort,
+    ServicePortName,
+    SocketKey,
+    family_of,
+)
+
+
+class LocalPort(NamedTuple):
+    """A port on all addresses of this node: a node port, or a proxy port."""
+
+    family: IPFamily
+    protocol: Protocol
+    port: int
+
+    def __str__(self) -> str:
+        return f"*:{self.port}/{self.protocol} ({self.family.value})"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is, or what should be. Mappings may be views of something live, as long as nothing moves while planning."""
+
+    sockets: Mapping[SocketKey, Protocol] = field(default_factory=dict)
+    """Proxy sockets that are open, serving or refusing."""
+    claims: AbstractSet[LocalPort] = frozenset()
+    """Node ports held by a bound socket."""
+    redirects: Mapping[Portal, SocketKey] = field(default_factory=dict)
+    """What the capture sends where; each place once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    key: SocketKey
+    protocol: Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Hold a node port. Claims have no owner, so that one passes from service port to service port unreleased."""
+
+    place: LocalPort
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Make these the capture's redirects, all of them."""
+
+    redirects: Mapping[Portal, SocketKey]
+
+
+@dataclass(frozen=True, slots=True)
+class Unclaim:
+    place: LocalPort
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    key: SocketKey
+
+
+Step = Open | Claim | Replace | Unclaim | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a service port is not served, or not everywhere it should be."""
+
+    key: SocketKey
+    message: str
+
+
+def desired(
+    services: Mapping[ServicePortName, ServicePort],
+    families: Collection[IPFamily],
+    protocols: Collection[Protocol],
+    have: State,
+) -> tuple[State, list[Problem]]:
+    """What should be: a socket for each service port in each served family, with the portals that it can have.
+
+    `have` decides conflicts only: who has a portal keeps it.
+    """
+    sockets: dict[SocketKey, Protocol] = {}
+    asked: dict[SocketKey, tuple[Portal, ...]] = {}
+    problems: list[Problem] = []
+    for name, service in services.items():
+        served = False
+        for family in service.families:
+            if family not in families:
+                continue
+            served = True
+            key = SocketKey(name, family)
+            if service.protocol in protocols:
+                sockets[key] = service.protocol
+                asked[key] = service.portals(family)
+            else:
+                problems.append(Problem(key, _not_served("protocol", service.protocol, protocols)))
+        if not served:
+            problems += (
+                Problem(SocketKey(name, family), _not_served("family", family.value, [f.value for f in families]))
+                for family in service.families
+            )
+    redirects, conflicts = ports.assign(asked, have.redirects)
+    problems += (Problem(conflict.wanted_by, str(conflict)) for conflict in conflicts)
+    claims = frozenset(_claim(portal) for portal in redirects if portal.kind is PortalKind.NODE_PORT)
+    return State(sockets, claims, redirects), problems
+
+
+def _not_served(what: str, found: str, allowed: Iterable[str]) -> str:
+    return f"{what} {found} is not served by this proxy, only {' and '.join(sorted(allowed))}: leave it to another one"
+
+
+def _claim(portal: Portal) -> LocalPort:
+    return LocalPort(portal.family, portal.protocol, portal.port)
+
+
+def plan(have: State, want: State) -> tuple[Step, ...]:
+    """The steps from one state to another, in the safe order; none if they are equal."""
+    opened = [key for key, protocol in want.sockets.items() if have.sockets.get(key) is not protocol]
+    # A key that is redirected to must not be opened under its redirect: it will have another proxy port.
+    redirected = set(have.redirects.values()) if opened else set()
+    renewed = {key for key in opened if key in have.sockets or key in redirected}
+    redirects = have.redirects
+
+    # Everything new comes up first, so that sockets that are renewed are away as briefly as can be.
+    steps: list[Step] = [Open(key, want.sockets[key]) for key in opened if key not in renewed]
+    steps += (Claim(place) for place in want.claims if place not in have.claims)
+    if not renewed.isdisjoint(redirected):
+        redirects = {portal: key for portal, key in want.redirects.items() if key not in renewed}
+        steps.append(Replace(redirects))
+    for key in opened:
+        if key in renewed:
+            if key in have.sockets:
+                steps.append(Close(key))
+            steps.append(Open(key, want.sockets[key]))
+    if redirects != want.redirects:
+        steps.append(Replace(want.redirects))
+    steps += (Unclaim(place) for place in have.claims if place not in want.claims)
+    steps += (Close(key) for key in have.sockets if key not in want.sockets)
+    return tuple(steps)
+
+
+def without(step: Replace, unopened: Collection[SocketKey], unclaimed: Collection[LocalPort] = ()) -> Replace:
+    """The step as far as it is safe after some `Open` or `Claim` failed.
+
+    A node port that could not be claimed is not redirected either: whoever holds it keeps its traffic.
+    """
+    if not unopened and not unclaimed:
+        return step
+    return Replace(
+        {
+            portal: key
+            for portal, key in step.redirects.items()
+            if key not in unopened and not (portal.kind is PortalKind.NODE_PORT and _claim(portal) in unclaimed)
+        }
+    )
+
+
+class OwnPortals:
+    """Which endpoints are places of our own: dialled, they would come back to us and be dialled again, for ever.
+
+    Made once for a set of redirects and proxy ports, then asked for each service port.
+    """
+
+    __slots__ = ("_is_local", "_places", "_ports")
+
+    def __init__(
+        self, redirects: Iterable[Portal], proxy_ports: Iterable[LocalPort], is_local: Callable[[str], bool]
+    ) -> None:
+        self._places: set[tuple[Protocol, str, int]] = set()
+        self._ports = set(proxy_ports)
+        self._is_local = is_local
+        for portal in redirects:
+            if portal.kind is PortalKind.NODE_PORT:
+                self._ports.add(_claim(portal))
+            else:
+                self._places.add((portal.protocol, portal.ip, portal.port))
+
+    def among(self, protocol: Protocol, endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+        """Those of the endpoints that must not be dialled."""
+        return tuple(endpoint for endpoint in endpoints if self._is_own(protocol, endpoint))
+
+    def _is_own(self, protocol: Protocol, endpoint: Endpoint) -> bool:
+        if (protocol, endpoint.ip, endpoint.port) in self._places:
+            return True
+        # In this order: few ports are ours, and which addresses are local may have to be looked up.
+        place = LocalPort(family_of(endpoint.ip), protocol, endpoint.port)
+        return place in self._ports and self._is_local(endpoint.ip)

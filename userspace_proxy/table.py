@@ -1,0 +1,48 @@
+"""The service ports as a table for people, and a line to try the first one with.
+
+Made from the rows of `proxier.Proxier.report`; the same rows are JSON at /services.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+_HEADINGS = ("SERVICE PORT", "ADDRESS", "EXTERNAL", "NODE PORT", "PROXY PORT", "ENDPOINTS")
+
+
+def render(rows: Sequence[Row], *, captured: bool) -> str:
+    """The table, and below it what to paste. `captured`: whether the services' own addresses lead here."""
+    lines = [_HEADINGS, *(_cells(row) for row in rows)]
+    keep = [n for n, heading in enumerate(_HEADINGS) if heading != "EXTERNAL" or any(line[n] for line in lines[1:])]
+    widths = {n: max(len(line[n]) for line in lines) for n in keep}
+    text = "\n".join("  ".join(line[n].ljust(widths[n]) for n in keep).rstrip() for line in lines)
+    if not rows:
+        return "no service ports yet; they are served as soon as they appear in the manifests"
+    return "\n".join(filter(None, (text, _try_line(rows, captured=captured))))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    name = f"{row['namespace']}/{row['name']}" + (f":{row['port']}" if row["port"] else "")
+    endpoints = ", ".join(row["endpoints"]) or ("none: clients are refused" if row["state"] != "down" else "")
+    return (
+        name,
+        ", ".join(f"{address}/{row['protocol']}" for address in row["clusterIPs"]),
+        ", ".join(row["externalIPs"]),
+        str(row["nodePort"] or ""),
+        str(row["proxyPort"] or "-"),
+        "; ".join(row["problems"]) or endpoints,
+    )
+
+
+def _try_line(rows: Sequence[Row], *, captured: bool) -> str:
+    """A command that gets an answer from the first service port that looks like HTTP."""
+    for row in rows:
+        is_web = row["protocol"] == "TCP" and (row["port"].startswith("http") or row["clusterIPs"][0].endswith(":80"))
+        if row["endpoints"] and is_web:
+            local = "127.0.0.1" if row["family"] == "IPv4" else "[::1]"
+            place = row["clusterIPs"][0].removesuffix(":80") if captured else f"{local}:{row['proxyPort']}"
+            return f"\nTry it from another terminal:\n\n    curl http://{place}/\n"
+    return ""
