@@ -1,0 +1,95 @@
+"""The pages for people and monitoring, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.admin.client import asking
+from userspace_proxy.admin.metrics import Views
+from userspace_proxy.config import Config
+from userspace_proxy.model import Endpoint, IPFamily, Portal, PortalKind, Protocol
+
+TEXT = '# HELP x An example.\nx{a="ü"} 1.0\n'
+PORTAL = Portal(IPFamily.IPV6, Protocol.TCP, "fd00::1", 80, PortalKind.CLUSTER_IP)
+VIEWS = Views(
+    metrics=lambda: (TEXT.encode(), "text/plain; version=1.0.0; charset=utf-8"),
+    configz=Config().configz,
+    services=lambda: [
+        {"servicePort": "default/web:http", "portals": [str(PORTAL)], "endpoints": [Endpoint("127.0.0.1", 8081)]}
+    ],
+    connections=list,
+)
+
+
+def ask(run, path, method="GET"):
+    async def main():
+        async with asking(VIEWS.app()) as client:
+            return await client(path, method)
+
+    return run(main())
+
+
+def test_metrics_keep_their_content_type(run):
+    answer = ask(run, "/metrics")
+    assert (answer.status, answer.text) == (200, TEXT)
+    assert answer.headers["Content-Type"] == "text/plain; version=1.0.0; charset=utf-8"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_proxy_mode_has_no_newline(run):
+    answer = ask(run, "/proxyMode")
+    assert (answer.status, answer.text) == (200, "userspace")
+    assert answer.headers["Content-Type"].startswith("text/plain")
+
+
+def test_configz(run):
+    answer = ask(run, "/configz")
+    assert answer.headers["Content-Type"] == "application/json"
+    assert json.loads(answer.text) == Config().configz()
+
+
+def test_services_may_hold_the_nouns_of_the_model(run):
+    (service,) = json.loads(ask(run, "/services").text)
+    assert service["portals"] == ["ClusterIP [fd00::1]:80/TCP"]
+    assert service["endpoints"] == [
+        {"ip": "127.0.0.1", "port": 8081, "ready": True, "serving": True, "terminating": False}
+    ]
+
+
+def test_connections(run):
+    answer = ask(run, "/connections")
+    assert (answer.status, answer.text) == (200, "[]\n")
+
+
+def test_views_are_asked_each_time(run):
+    count = iter(range(10))
+
+    async def main():
+        views = Views(VIEWS.metrics, VIEWS.configz, VIEWS.services, lambda: [{"n": next(count)}])
+        async with asking(views.app()) as client:
+            return [json.loads((await client("/connections")).text) for _ in range(2)]
+
+    assert run(main()) == [[{"n": 0}], [{"n": 1}]]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT"])
+def test_healthz_of_its_own_answers_any_method(run, method):
+    answer = ask(run, "/healthz", method)
+    assert (answer.status, answer.text) == (200, "" if method == "HEAD" else "ok")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/services", "/connections", "/configz", "/proxyMode"])
+def test_the_other_pages_are_read_only(run, path):
+    assert ask(run, path, "HEAD").status == 200
+    answer = ask(run, path, "POST")
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET,HEAD")
+
+
+def test_other_pages(run):
+    answer = ask(run, "/readyz")
+    assert answer.status == 404
+    assert answer.text == (
+        "no such page; there are /configz, /connections, /healthz, /metrics, /proxyMode, /services\n"
+    )

@@ -1,0 +1,350 @@
+"""Each flag of the program, with good values and bad; and what flags must not be given together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from userspace_proxy.config import CaptureWay, Config, LoggingFormat, PortRange, Show, parse, settings
+from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.flags import Address
+
+M = "--manifests=m"
+
+
+def problems(*argv: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    return caught.value.problems
+
+
+def problem(*argv: str) -> str:
+    (only,) = problems(*argv)
+    return only
+
+
+def test_defaults():
+    assert parse([M]) == Config(manifests=(pathlib.Path("m"),))
+    assert Config() == Config(
+        manifests=(),
+        capture=CaptureWay.AUTO,
+        bind_address="0.0.0.0",
+        proxy_port_range=None,
+        nodeport_addresses=(),
+        udp_timeout=0.25,
+        max_udp_flows=4096,
+        half_close_timeout=300.0,
+        splice=True,
+        drain_timeout=5.0,
+        iptables_sync_period=30.0,
+        iptables_min_sync_period=1.0,
+        healthz_bind_address=Address("0.0.0.0", 10256),
+        metrics_bind_address=Address("127.0.0.1", 10249),
+        bind_address_hard_fail=False,
+        verbosity=0,
+        logging_format=LoggingFormat.TEXT,
+        cleanup=False,
+    )
+
+
+def test_it_is_a_value_that_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().splice = False
+    assert hash(parse([M])) == hash(parse([M]))
+
+
+GOOD = [
+    (["--manifests", "a", "--manifests=b,c"], "manifests", (pathlib.Path("m"), pathlib.Path("a"), pathlib.Path("b,c"))),
+    (["--capture=none"], "capture", CaptureWay.NONE),
+    (["--capture", "iptables"], "capture", CaptureWay.IPTABLES),
+    (["--bind-address=192.0.2.1"], "bind_address", "192.0.2.1"),
+    (["--bind-address=192.000.002.010"], "bind_address", "192.0.2.10"),
+    (["--bind-address=::"], "bind_address", "::"),
+    (["--bind-address="], "bind_address", "0.0.0.0"),
+    (["--bind-address=127.0.0.1", "--capture=none"], "bind_address", "127.0.0.1"),
+    (["--bind-address=::1", "--capture=none"], "bind_address", "::1"),
+    (["--proxy-port-range=100-200"], "proxy_port_range", PortRange(100, 200)),
+    (["--proxy-port-range", " 100-200 "], "proxy_port_range", PortRange(100, 200)),
+    (["--proxy-port-range=100"], "proxy_port_range", PortRange(100, 100)),
+    (["--proxy-port-range=1+0"], "proxy_port_range", PortRange(1, 1)),
+    (["--proxy-port-range=100+200"], "proxy_port_range", PortRange(100, 300)),
+    (["--proxy-port-range=1+65534"], "proxy_port_range", PortRange(1, 65535)),
+    *(
+        [[f"--proxy-port-range={text}"], "proxy_port_range", None]
+        for text in ("", "0", "0-0", "0+100", "0-65535", "  ")
+    ),
+    (["--udp-timeout=1ns"], "udp_timeout", 1e-9),
+    (["--udp_timeout", "1m"], "udp_timeout", 60.0),
+    (["--nodeport-addresses="], "nodeport_addresses", ()),
+    (
+        ["--nodeport-addresses=10.1.2.3/8,::1/128", "--nodeport-addresses", "127.0.0.0/8"],
+        "nodeport_addresses",
+        ("10.0.0.0/8", "::1/128", "127.0.0.0/8"),
+    ),
+    (["--healthz-bind-address="], "healthz_bind_address", None),
+    (["--healthz-bind-address=::"], "healthz_bind_address", Address("::", 10256)),
+    (["--healthz-bind-address=[::1]:1"], "healthz_bind_address", Address("::1", 1)),
+    (["--healthz-bind-address=127.0.0.1:0"], "healthz_bind_address", Address("127.0.0.1", 0)),
+    (["--metrics-bind-address="], "metrics_bind_address", None),
+    (["--metrics-bind-address=0.0.0.0"], "metrics_bind_address", Address("0.0.0.0", 10249)),
+    (["--metrics-bind-address=0.0.0.0:65535"], "metrics_bind_address", Address("0.0.0.0", 65535)),
+    (["--bind-address-hard-fail"], "bind_address_hard_fail", True),
+    (["--bind-address-hard-fail=F"], "bind_address_hard_fail", False),
+    (["--iptables-sync-period=1h"], "iptables_sync_period", 3600.0),
+    (["--iptables-min-sync-period=0"], "iptables_min_sync_period", 0.0),
+    (["--iptables-min-sync-period=30s"], "iptables_min_sync_period", 30.0),
+    (["--drain-timeout=0s"], "drain_timeout", 0.0),
+    (["--half-close-timeout=1.5h"], "half_close_timeout", 5400.0),
+    (["--splice=false"], "splice", False),
+    (["--splice=false", "--splice"], "splice", True),
+    (["--max-udp-flows=1"], "max_udp_flows", 1),
+    (["--cleanup"], "cleanup", True),
+    (["-v=10"], "verbosity", 10),
+    (["-v", "4"], "verbosity", 4),
+    (["-v2"], "verbosity", 2),
+    (["--v=1", "--v=3"], "verbosity", 3),
+    (["--logging-format=json"], "logging_format", LoggingFormat.JSON),
+    (["--version=false"], "cleanup", False),
+]
+
+
+@pytest.mark.parametrize(("argv", "field", "value"), GOOD, ids=[" ".join(argv) for argv, _, _ in GOOD])
+def test_good_values(argv, field, value):
+    config = parse([M, *argv])
+    assert getattr(config, field) == value
+    assert type(getattr(config, field)) is type(value)
+
+
+BAD = {
+    "manifests": {"": "an empty path"},
+    "capture": {"": "no such choice", "IPTABLES": "no such choice", "nftables": "no such choice"},
+    "bind-address": {
+        "localhost": "not an IP address",
+        "1.2.3.4:80": "not an IP address",
+        "10.0.0.0/8": "not an IP address",
+        "fe80::1%eth0": "an address with a zone",
+    },
+    "proxy-port-range": {
+        "100 - 200": "not a range of ports",
+        "-100": "not a range of ports",
+        "100-": "not a range of ports",
+        "+5": "not a range of ports",
+        "1+-1": "not a range of ports",
+        "1-+1": "not a range of ports",
+        "1-2-3": "not a range of ports",
+        "http": "not a range of ports",
+        "٣": "not a range of ports",
+        "200-100": "ends before it begins",
+        "60000-70000": "70000 is no port",
+        "70000": "70000 is no port",
+        "0+70000": "70000 is no port",
+        "1+65535": "65536 is no port",
+    },
+    "udp-timeout": {
+        "0": "too short",
+        "-1s": "too short",
+        "250": "250 has no unit",
+        "fast": "not a duration",
+        "": "not a duration",
+    },
+    "max-udp-flows": {
+        "0": "too small",
+        "-5": "too small",
+        "2000000": "too large",
+        "many": "not a whole number",
+        "1.5": "not a whole number",
+    },
+    "nodeport-addresses": {
+        "192.0.2.1": "'192.0.2.1': a bare address; write 192.0.2.1/32",
+        "::1": "'::1': a bare address; write ::1/128",
+        "10.0.0.0/8,,": "'': not an IP address",
+        "10.0.0.0/40": "'10.0.0.0/40': 40 is no prefix length of this family",
+    },
+    "healthz-bind-address": {
+        "localhost": "not an IP address",
+        ":10256": "not an IP address",
+        "0.0.0.0:65536": "65536 is no port",
+    },
+    "metrics-bind-address": {
+        "10249": "not an IP address",
+        "::1:99999": "not an IP address",
+        "[::1]:70000": "70000 is no port",
+    },
+    "bind-address-hard-fail": {"yes": "neither true nor false", "": "neither true nor false"},
+    "iptables-sync-period": {"0s": "too short", "-30s": "too short", "30": "30 has no unit", "1d": "not a duration"},
+    "iptables-min-sync-period": {"-1s": "too short", "1": "1 has no unit"},
+    "drain-timeout": {"-1ms": "too short", "5": "5 has no unit"},
+    "half-close-timeout": {"0": "too short", "forever": "not a duration"},
+    "splice": {"no": "neither true nor false"},
+    "v": {"-1": "too small", "11": "too large", "debug": "not a whole number"},
+    "logging-format": {"JSON": "no such choice", "xml": "no such choice"},
+    "cleanup": {"maybe": "neither true nor false"},
+    "version": {"raw": "neither true nor false"},
+    "help": {"me": "neither true nor false"},
+}
+CASES = [(name, text, why) for name, texts in BAD.items() for text, why in texts.items()]
+
+
+@pytest.mark.parametrize(("name", "text", "why"), CASES)
+def test_bad_values(name, text, why):
+    line = problem(*([] if name == "manifests" else [M]), f"--{name}={text}")
+    assert line.startswith(f"--{name}={text!r}: {why}; allowed: ")
+    example = line.rpartition("; write for example ")[2]
+    if name not in ("help", "version"):
+        parse([M, example])  # what is proposed is accepted
+
+
+def test_every_flag_has_been_given_badly():
+    assert {flag.name for flag, _ in settings(Config())} | {"help", "version"} == set(BAD)
+
+
+def test_all_problems_at_once():
+    lines = problems(
+        "extra", "--udp-timeout=0", "--splice", "no", "--cleanupp", "--proxy-port-range=2-1", "--v=x", "--drain-timeout"
+    )
+    assert [line.partition(":")[0] for line in lines] == [
+        "'extra'",
+        "'no'",
+        "--cleanupp",
+        "--drain-timeout",
+        "--udp-timeout='0'",
+        "--proxy-port-range='2-1'",
+        "--v='x'",
+        "--manifests",
+    ]
+    assert "--cleanupp: unknown flag; did you mean --cleanup?" in lines
+
+
+def test_manifests_are_required_unless_nothing_is_served():
+    assert problem().startswith("--manifests: not given, so there is nothing to serve; allowed: a file or a directory")
+    assert parse(["--cleanup"]).cleanup
+    assert problem("--cleanup=false").startswith("--manifests: not given")
+
+
+@pytest.mark.parametrize("capture", ["auto", "iptables"])
+@pytest.mark.parametrize("ip", ["127.0.0.1", "127.0.0.53", "::1"])
+def test_a_loopback_address_cannot_be_captured_to(capture, ip):
+    line = problem(M, f"--capture={capture}", f"--bind-address={ip}")
+    assert line.startswith(f"--bind-address='{ip}': traffic of other hosts and pods cannot be captured")
+    assert line.endswith("write --capture=none or --bind-address=0.0.0.0")
+    assert parse([M, "--capture=none", f"--bind-address={ip}"]).bind_address == ip
+    assert parse(["--cleanup", f"--capture={capture}", f"--bind-address={ip}"]).cleanup
+
+
+def test_the_shortest_sync_period_is_no_longer_than_the_longest():
+    line = problem(M, "--iptables-min-sync-period=1m", "--iptables-sync-period=45s")
+    assert line == (
+        "--iptables-min-sync-period='1m0s': longer than --iptables-sync-period (45s); allowed: 45s at most; "
+        "write for example --iptables-min-sync-period=45s"
+    )
+    assert problem(M, "--iptables-sync-period=500ms").startswith("--iptables-min-sync-period='1s': longer than")
+
+
+@pytest.mark.parametrize(
+    ("health", "metrics", "instead"),
+    [
+        ("0.0.0.0:10249", "127.0.0.1", "127.0.0.1:10256"),
+        ("127.0.0.1:7", "127.0.0.1:7", "127.0.0.1:10249"),
+        ("127.0.0.1:7", "0.0.0.0:7", "0.0.0.0:10249"),
+        ("[::]:7", "127.0.0.1:7", "127.0.0.1:10249"),
+        ("127.0.0.1:7", "[::]:7", "[::]:10249"),
+    ],
+)
+def test_two_servers_cannot_have_one_address(health, metrics, instead):
+    line = problem(M, f"--healthz-bind-address={health}", f"--metrics-bind-address={metrics}")
+    assert f"--healthz-bind-address={health} has this port" in line
+    assert line.endswith(f"write for example --metrics-bind-address={instead}")
+
+
+@pytest.mark.parametrize(
+    ("health", "metrics"),
+    [
+        ("127.0.0.1:7", "127.0.0.2:7"),
+        ("0.0.0.0:7", "[::1]:7"),
+        ("0.0.0.0:7", "0.0.0.0:8"),
+        ("0.0.0.0:0", "0.0.0.0:0"),
+        ("", "0.0.0.0:7"),
+        ("", ""),
+    ],
+)
+def test_two_servers_side_by_side(health, metrics):
+    parse([M, f"--healthz-bind-address={health}", f"--metrics-bind-address={metrics}"])
+
+
+def test_a_flag_that_cannot_be_read_is_not_blamed_twice():
+    assert problem(M, "--iptables-sync-period=x", "--iptables-min-sync-period=1h").startswith(
+        "--iptables-sync-period='x'"
+    )
+    assert problem(M, "--capture=x", "--bind-address=127.0.0.1").startswith("--capture='x'")
+    assert problem("--manifests=").startswith("--manifests=''")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["-h"], ["-help"], ["--help=true"], ["x", "--v=z", "--nope", "-h"], ["--version", "-h"]]
+)
+def test_help_comes_before_everything_else(argv):
+    assert parse(argv) is Show.HELP
+
+
+def test_version_needs_nothing_else_but_what_is_given_must_be_right():
+    assert parse(["--version"]) is Show.VERSION
+    assert parse(["--version", "--bind-address=127.0.0.1"]) is Show.VERSION
+    assert problem("--version", "--nope") == "--nope: unknown flag; --help lists those there are"
+
+
+def test_each_default_can_be_written_as_it_is_shown():
+    for flag, value in settings(Config()):
+        if flag.name != "manifests":
+            assert flag.kind.parse(flag.kind.show(value)) == value, flag.name
+
+
+def test_configz_is_json_with_the_flags_names():
+    shown = parse(
+        [M, "--proxy-port-range=10+5", "--nodeport-addresses=::/0", "-v3", "--healthz-bind-address="]
+    ).configz()
+    assert json.loads(json.dumps(shown)) == {
+        "userspaceproxy.config": {
+            "manifests": ["m"],
+            "capture": "auto",
+            "bindAddress": "0.0.0.0",
+            "proxyPortRange": "10-15",
+            "nodeportAddresses": ["::/0"],
+            "udpTimeout": "250ms",
+            "maxUdpFlows": 4096,
+            "halfCloseTimeout": "5m0s",
+            "splice": True,
+            "drainTimeout": "5s",
+            "iptablesSyncPeriod": "30s",
+            "iptablesMinSyncPeriod": "1s",
+            "healthzBindAddress": "",
+            "metricsBindAddress": "127.0.0.1:10249",
+            "bindAddressHardFail": False,
+            "v": 3,
+            "loggingFormat": "text",
+            "cleanup": False,
+        }
+    }
+
+
+@given(st.integers(1, 65535), st.integers(1, 65535))
+def test_port_ranges_read_back_in_each_spelling(one, other):
+    first, last = sorted((one, other))
+    expected = PortRange(first, last)
+    for text in (f"{first}-{last}", f"{first}+{last - first}", str(expected)):
+        assert parse([M, f"--proxy-port-range={text}"]).proxy_port_range == expected
+    if first != last:
+        assert "ends before it begins" in problem(M, f"--proxy-port-range={last}-{first}")
+
+
+@given(st.text(alphabet="0123456789+- x", max_size=12))
+def test_any_port_range_is_read_or_refused(text):
+    try:
+        ports = parse([M, f"--proxy-port-range={text}"]).proxy_port_range
+    except ConfigError:
+        return
+    assert ports is None or 1 <= ports.first <= ports.last <= 65535

@@ -1,0 +1,14 @@
+"""Pages that are made from code are as the code would make them now."""
+
+from __future__ import annotations
+
+import pathlib
+
+from userspace_proxy.manual import markdown
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+def test_configuration_is_up_to_date():
+    written = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert written == markdown(), "docs/configuration.md is out of date; run `make docs` and commit it"

@@ -1,0 +1,59 @@
+"""What people and monitoring ask: /metrics, /services, /connections, /configz, /proxyMode.
+
+The pages show what they are given and decide nothing. Who has which rights is decided by where the server
+listens: there are no passwords, and /connections tells who talks to whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from userspace_proxy.admin.servers import application
+
+Rows = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Where the pages come from, each called once an answer, on the event loop."""
+
+    metrics: Callable[[], tuple[bytes, str]]
+    """The text for Prometheus, and its content type."""
+    configz: Callable[[], Mapping[str, object]]
+    services: Callable[[], Rows]
+    """Each service port: its portals, proxy ports, endpoints, state and error."""
+    connections: Callable[[], Rows]
+    """Each connection and flow that is open."""
+
+    def app(self) -> web.Application:
+        app = application()
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/services", _json(self.services))
+        app.router.add_get("/connections", _json(self.connections))
+        app.router.add_get("/configz", _json(self.configz))
+        app.router.add_get("/proxyMode", _text("userspace"))
+        app.router.add_route("*", "/healthz", _text("ok"))
+        return app
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        body, content_type = self.metrics()
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+def _json(view: Callable[[], object]) -> Handler:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(view()) + b"\n", content_type="application/json")
+
+    return answer
+
+
+def _text(text: str) -> Handler:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(text=text)
+
+    return answer

@@ -1,0 +1,109 @@
+"""An HTTP server for operators: its listening socket, its life, and the manners all of them share.
+
+Here is what does not depend on the pages: listening (again and again where the address is not free yet),
+ending without waiting for idle clients, and answers that browsers do not guess about. The pages are in
+`health` (for probes) and `metrics` (for people and monitoring). What they show comes in as callables:
+nothing here knows the proxier or a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.model import join_host_port
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 64
+RETRY = 5.0
+"""Seconds between two tries to listen, kube-proxy's."""
+GRACE = 1.0
+"""Seconds that answers on their way have when the server ends."""
+
+
+class AdminServer:
+    """One address, one application.
+
+    `flag` names the flag that set the address, for messages. With `hard_fail` an address that cannot be
+    listened on ends `run`; otherwise it is tried again every `retry` seconds, for as long as `run` runs.
+    """
+
+    def __init__(
+        self, flag: str, address: tuple[str, int], app: web.Application, *, hard_fail: bool, retry: float = RETRY
+    ) -> None:
+        self._flag = flag
+        self._ip, self._port = address
+        self._app = app
+        self._hard_fail = hard_fail
+        self._retry = retry
+        self.port = 0
+        """The port listened on, whichever the kernel picked; 0 while there is none."""
+        self.listening = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises ConfigError if the address cannot be had and that is to be an error."""
+        runner = web.AppRunner(
+            self._app, access_log=None, keepalive_timeout=30, handle_signals=False, shutdown_timeout=GRACE
+        )
+        await runner.setup()
+        try:
+            sock = await self._listen()
+            await web.SockSite(runner, sock, backlog=BACKLOG).start()
+            self.port = sock.getsockname()[1]
+            self.listening.set()
+            logger.info("%s: serving on http://%s", self._flag, join_host_port(self._ip, self.port))
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.listening.clear()
+            self.port = 0
+            await runner.cleanup()
+
+    async def _listen(self) -> socket.socket:
+        while True:
+            try:
+                return listen(self._ip, self._port)
+            except OSError as error:
+                reason = os.strerror(error.errno) if error.errno else str(error)  # create_server adds the address
+                problem = (
+                    f"{self._flag}: cannot listen on {join_host_port(self._ip, self._port)}: {reason}; "
+                    f"end what has this address, or write another one, or {self._flag}= for no such server"
+                )
+                if self._hard_fail:
+                    raise ConfigError([problem]) from error
+                logger.warning("%s; trying again in %g s", problem, self._retry)
+            await asyncio.sleep(self._retry)
+
+
+def listen(ip: str, port: int) -> socket.socket:
+    """A listening socket; on `::` it takes IPv4 too, as Go's servers do and the event loops' own do not."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    both = ip == "::" and socket.has_dualstack_ipv6()
+    sock = socket.create_server((ip, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    sock.setblocking(False)
+    return sock
+
+
+def application() -> web.Application:
+    """Without pages yet. Answers carry `nosniff`, and who asks for a page that is not there is told those that are."""
+
+    @web.middleware
+    async def tell_the_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPNotFound:
+            pages = sorted({resource.canonical for resource in app.router.resources()})
+            return web.Response(status=404, text=f"no such page; there are {', '.join(pages)}\n")
+
+    async def no_sniffing(_request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+
+    app = web.Application(middlewares=[tell_the_pages])
+    app.on_response_prepare.append(no_sniffing)
+    return app
