@@ -54,11 +54,10 @@ class Signals:
         self.over = asyncio.Event()
         """There is nothing (more) to wait for: sessions have ended, or a second signal came."""
 
-    def watch(self, source: ManifestSource) -> None:
+    def watch(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
-        loop.add_signal_handler(signal.SIGHUP, source.reload)
 
     def _end(self, number: signal.Signals) -> None:
         if self.stop.is_set():
@@ -71,8 +70,9 @@ class Signals:
 class App:
     """One running proxy. `run` is all there is to call."""
 
-    def __init__(self, config: Config, capture: Capture) -> None:
+    def __init__(self, config: Config, capture: Capture, signals: Signals) -> None:
         self._config = config
+        self._signals = signals
         self._capture = capture
         self._limit = host.raise_descriptor_limit()
         self._descriptors = Descriptors(max(2, self._limit - RESERVE))
@@ -104,11 +104,10 @@ class App:
             min_sync_period=config.iptables_min_sync_period,
             after_sync=self._fit_descriptors,
         )
-        self._signals = Signals()
 
     async def run(self) -> None:
         """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now."""
-        self._signals.watch(self._source)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._source.reload)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._source.run(self._publish), name="source")
@@ -209,5 +208,12 @@ class App:
 
 async def serve(config: Config) -> None:
     """Run a proxy until a signal ends it. Raises ConfigError, or CaptureError if the capture asked for cannot work."""
+    signals = Signals()
+    signals.watch()  # before anything is put into the kernel: from here on the end is an orderly one
     capture = await choose(config.capture, bind_address=config.bind_address, nodeport_cidrs=config.nodeport_addresses)
-    await App(config, capture).run()
+    try:
+        app = App(config, capture, signals)
+    except BaseException:
+        await capture.close()
+        raise
+    await app.run()

@@ -102,7 +102,10 @@ class Descriptors:
 
     def give(self, count: int) -> None:
         self.used -= count
-        if self._waiting and self.used + 2 <= self.limit:
+        # Whoever is resumed may find that its clients have left meanwhile, so the next one gets its turn as well.
+        for _ in range(len(self._waiting)):
+            if self.used + 2 > self.limit or not self._waiting:
+                return
             resume = next(iter(self._waiting))
             del self._waiting[resume]
             resume()

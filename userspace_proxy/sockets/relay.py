@@ -399,6 +399,8 @@ class Relay:
             self.poller.discard(direction.source)
         self.count()
         self._on_end(self)
+        # The pair is a knot of references; undone, it is freed here and now and not by the cycle collector.
+        del self.to_endpoint.reverse, self.to_client.reverse, self.to_endpoint, self.to_client
 
     def count(self) -> None:
         """Add what was relayed since the last call to the metrics: at the end, and whenever somebody asks."""
