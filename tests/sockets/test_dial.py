@@ -14,7 +14,7 @@ from tests.proxy import Servers, address, black_hole, closed_port, echo, eventua
 from tests.sockets.conftest import Start
 from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Protocol
-from userspace_proxy.sockets import dial
+from userspace_proxy.sockets import dial, tcp
 
 V4 = IPFamily.IPV4
 
@@ -134,12 +134,14 @@ def test_ended_from_outside_while_dialling(start: Start) -> None:
     assert proxy.ended() == {Outcome.DRAIN_TIMEOUT: 1}
 
 
-def test_options_of_the_dialled_socket(start: Start) -> None:
+def test_options_of_a_connection_that_lasts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "LASTING", 0.05)
     endpoint = listener()
     proxy = start(Protocol.TCP, V4, [address(endpoint)])
     with proxy.connect(), endpoint.accept()[0], contextlib.closing(endpoint):
         eventually(lambda: bool(proxy.sockets._relays))  # type: ignore[attr-defined]
         [relay] = proxy.call(lambda: list(proxy.sockets._relays))  # type: ignore[attr-defined]
+        eventually(lambda: relay.kept_alive)
         for sock in (relay.to_endpoint.source, relay.to_client.source):
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from socket import SocketType
 
 from userspace_proxy.exceptions import NoEndpoints
+from userspace_proxy.host import ephemeral_ports
 from userspace_proxy.loadbalancer import Address, LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.poller import ERR, HUP, OUT, Poller, Timer
@@ -26,6 +27,7 @@ KEEPALIVE = 15
 """Seconds of silence before the first probe, and between probes."""
 
 _CONNECTING = (0, errno.EINPROGRESS)
+_FIRST_SOURCE_PORT, _LAST_SOURCE_PORT = ephemeral_ports()
 
 
 class Dial:
@@ -125,7 +127,7 @@ class Dial:
         sock = SocketType(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
-            set_keepalive(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = sock.connect_ex(self.endpoint)
             if number not in _CONNECTING:
                 raise OSError(number, os.strerror(number))
@@ -140,7 +142,7 @@ class Dial:
         A local endpoint that is down, on a port the kernel also hands out as a source port, can be "reached"
         by a simultaneous open with oneself.
         """
-        if self.endpoint[1] < 1024:
+        if not _FIRST_SOURCE_PORT <= self.endpoint[1] <= _LAST_SOURCE_PORT:
             return False
         local: Address = sock.getsockname()[:2]
         return local == self.endpoint
@@ -162,8 +164,7 @@ class Dial:
 
 
 def set_keepalive(sock: SocketType) -> None:
-    """No delay for small writes, and probes that find out about a peer that is gone."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    """Probes, which find out about a peer that is gone."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE)

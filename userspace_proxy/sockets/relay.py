@@ -37,11 +37,13 @@ BULK_READS = 4
 """Full buffers in a row that make a direction bulk."""
 ROUNDS = 16
 """Reads a turn before the others get theirs."""
+_TURN = range(ROUNDS)
 
 _buffer = bytearray(BUFFER_SIZE)
 _view = memoryview(_buffer)
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_READABLE = IN | RDHUP | ERR | HUP
+_ENDING = RDHUP | ERR | HUP
+_READABLE = IN | _ENDING
 _WRITABLE = OUT | ERR | HUP
 _SPLICE_FLAGS = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK; never MORE, which holds back the last segment
 
@@ -145,18 +147,20 @@ class Direction:
 
     def on_events(self, events: int) -> None:
         """Events of the source, which is the reverse's sink."""
-        reverse = self.reverse
-        if reverse.blocked and events & _WRITABLE:
-            reverse.resume()
-        if events & _READABLE and not self.relay.ended:
-            if not self.eof and not self.blocked:
-                if not self.queued:
-                    self.pump(events)
-            elif events & ERR:
-                # Nothing can be read here, so only the socket itself can say what happened to it.
-                number = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if number:
-                    self.relay.broken(self.source, number)
+        if self.reverse.blocked and events & _WRITABLE:
+            self.reverse.resume()
+            if self.relay.ended:
+                return
+        if not events & _READABLE:
+            return
+        if not (self.blocked or self.eof):
+            if not self.queued:
+                self.pump(events)
+        elif events & ERR:
+            # Nothing can be read here, so only the socket itself can say what happened to it.
+            number = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:
+                self.relay.broken(self.source, number)
 
     def pump(self, events: int) -> None:
         """Move bytes until the source has none or the sink takes no more.
@@ -167,14 +171,13 @@ class Direction:
         if self.pipe is not None:
             self.splice()
             return
-        source, sink = self.source, self.sink
-        for _ in range(ROUNDS):
+        for _ in _TURN:
             try:
-                size = source.recv_into(_buffer, 0, _DONTWAIT)
+                size = self.source.recv_into(_buffer, 0, _DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
-                self.relay.broken(source, error.errno or errno.EIO)
+                self.relay.broken(self.source, error.errno or errno.EIO)
                 return
             if not size:
                 self.eof = True
@@ -182,11 +185,11 @@ class Direction:
                 return
             self.bytes += size
             try:
-                sent = sink.send(_view[:size], _DONTWAIT)
+                sent = self.sink.send(_view[:size], _DONTWAIT)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                self.relay.broken(sink, error.errno or errno.EIO)
+                self.relay.broken(self.sink, error.errno or errno.EIO)
                 return
             if sent < size:
                 self.pending = memoryview(bytes(_view[sent:size]))
@@ -194,7 +197,7 @@ class Direction:
                 return
             if size < BUFFER_SIZE:
                 self.bulk = 0
-                if not events & (RDHUP | HUP | ERR):
+                if not events & _ENDING:
                     return
             else:
                 self.bulk += 1
@@ -246,7 +249,7 @@ class Direction:
         pipe = self.pipe
         assert pipe is not None
         source, sink = self.source.fileno(), self.sink.fileno()
-        for _ in range(ROUNDS):
+        for _ in _TURN:
             if not pipe.held:
                 try:
                     pipe.held = os.splice(source, pipe.write_fd, PIPE_SIZE, flags=_SPLICE_FLAGS)
@@ -299,7 +302,7 @@ class Direction:
         """
         if self.done or self.blocked or self.pipe is not None:
             return
-        for _ in range(ROUNDS):
+        for _ in _TURN:
             try:
                 size = self.source.recv_into(_buffer, 0, _DONTWAIT)
                 if not size or self.sink.send(_view[:size], _DONTWAIT) < size:
@@ -316,6 +319,7 @@ class Relay:
         "_on_end",
         "ended",
         "first_to_finish",
+        "kept_alive",
         "metrics",
         "pipes",
         "poller",
@@ -339,6 +343,8 @@ class Relay:
         self.pipes = pipes
         self.metrics = metrics
         self.since = since
+        self.kept_alive = False
+        """Probing for a dead peer costs three system calls, so only connections that last get it."""
         self.ended: Outcome | None = None
         self.first_to_finish: Direction | None = None
         self.waiting: tuple[int, float] | None = None

@@ -32,6 +32,8 @@ ACCEPTS = 64
 """Clients taken in one turn."""
 BACKLOG = 65535
 """Clients that may wait to be taken; the kernel cuts it to net.core.somaxconn."""
+LASTING = 5.0
+"""Seconds between looks for connections that have become worth probing."""
 PAUSE = 0.1
 """Seconds until the next try when the kernel has no room for another connection."""
 
@@ -61,7 +63,8 @@ class TCPSockets:
         self._half_close_timeout = half_close_timeout
         self._dials: dict[Dial, TCPSocket] = {}
         self._relays: dict[Relay, TCPSocket] = {}
-        self._sweep_later()
+        self._sweep()
+        self._keep_alive()
 
     def open(
         self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
@@ -149,14 +152,21 @@ class TCPSockets:
         if self._on_idle is not None and not self.active:
             self._on_idle()
 
-    def _sweep_later(self) -> None:
-        self.poller.call_at(self.poller.clock() + self._half_close_timeout / 4, self._sweep)
-
     def _sweep(self) -> None:
+        """End what was half-closed for too long."""
         now = self.poller.clock()
         for relay in [r for r in self._relays if r.is_stale(now, self._half_close_timeout)]:
             relay.abort(Outcome.HALF_CLOSE_TIMEOUT)
-        self._sweep_later()
+        self.poller.call_at(now + self._half_close_timeout / 4, self._sweep)
+
+    def _keep_alive(self) -> None:
+        """Have the endpoints of connections that last be probed; clients' sockets inherit it from the listener."""
+        for relay in reversed(self._relays):
+            if relay.kept_alive:
+                break  # and so are all that are older
+            relay.kept_alive = True
+            set_keepalive(relay.to_client.source)
+        self.poller.call_at(self.poller.clock() + LASTING, self._keep_alive)
 
 
 class TCPSocket:
@@ -185,6 +195,7 @@ class TCPSocket:
         # from bind(0) would be lost then.
         self._listener: SocketType = bind(key.family, socket.SOCK_STREAM, ip, port)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_keepalive(self._listener)
         shared.poller.register(self._listener, self, EDGE_IN)
 
