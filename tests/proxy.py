@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
-from prometheus_client import CollectorRegistry
 
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
@@ -45,7 +44,7 @@ class ProxyThread:
     ) -> None:
         self.family = family
         self.protocol = protocol
-        self.metrics = Metrics(CollectorRegistry())
+        self.metrics = Metrics()
         self.counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
         self.descriptors = Descriptors(descriptors)
         self.balancer = LoadBalancer(time.monotonic, random.Random(1), affinity, 10800.0)

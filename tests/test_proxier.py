@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from tests.fakes import RecordingCapture
 from tests.proxy import address, listener
@@ -79,7 +78,7 @@ async def bench(
 ) -> AsyncIterator[Bench]:
     before = open_descriptors()
     poller = Poller(asyncio.get_running_loop())
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics()
     descriptors = Descriptors(1000)
     sockets = {
         Protocol.TCP: TCPSockets(poller, descriptors, metrics, splice=True, half_close_timeout=60.0),

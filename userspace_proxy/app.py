@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
-from prometheus_client import CollectorRegistry
-
 from userspace_proxy import host
 from userspace_proxy.admin.health import Health, HealthPages
 from userspace_proxy.admin.metrics import Views
@@ -27,7 +25,7 @@ from userspace_proxy.capture.choose import choose
 from userspace_proxy.config import Config, PortRange
 from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.metrics import Metrics, Outcome
-from userspace_proxy.model import Protocol, Snapshot
+from userspace_proxy.model import Protocol
 from userspace_proxy.poller import Poller
 from userspace_proxy.proxier import Proxier
 from userspace_proxy.sockets.base import Descriptors, ProxySockets, Session
@@ -76,7 +74,7 @@ class App:
         self._capture = capture
         self._limit = host.raise_descriptor_limit()
         self._descriptors = Descriptors(max(2, self._limit - RESERVE))
-        self._metrics = Metrics(CollectorRegistry())
+        self._metrics = Metrics()
         self._metrics.descriptors_in_use = lambda: self._descriptors.used
         self._metrics.capture_info.labels(capture.name).set(1)
         self._poller = Poller(asyncio.get_running_loop())
@@ -110,7 +108,7 @@ class App:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._source.reload)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._source.run(self._publish), name="source")
+                tasks.create_task(self._source.run(self._proxier.publish), name="source")
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
@@ -120,10 +118,6 @@ class App:
             pass
         finally:
             await self._leave_nothing_behind()
-
-    def _publish(self, snapshot: Snapshot) -> None:
-        self._proxier.publish(snapshot)
-        self._metrics.refused_objects.set(len(self._source.problems))
 
     async def _show_table(self) -> None:
         await self._proxier.progress.first_sync.wait()
@@ -185,6 +179,7 @@ class App:
         )
 
     def _exposition(self) -> tuple[bytes, str]:
+        self._metrics.refused_objects.set(len(self._source.problems))
         for sockets in self._sockets.values():
             sockets.count()
         return self._metrics.exposition()

@@ -1,8 +1,8 @@
 """What is counted, and how it is told to Prometheus.
 
 Counts are kept where the packets are: `ServicePortMetrics` is a slotted object of plain numbers that the
-data path adds to. They become samples only when somebody asks, and the registry is an argument, never the
-global one. When a service port vanishes its counts are dropped, so that label sets do not pile up;
+data path adds to. They become samples only when somebody asks, in a registry of our own, never the global
+one. When a service port vanishes its counts are dropped, so that label sets do not pile up;
 connections that outlive it count on unseen. Serving the text over HTTP is `admin`'s.
 """
 
@@ -91,10 +91,10 @@ def errno_name(number: int) -> str:
 
 
 class Metrics:
-    """The registry's content, and the only place that knows metric names."""
+    """All metrics in a registry of their own, and the only place that knows their names."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
         self._service_ports: dict[SocketKey, tuple[str, ServicePortMetrics]] = {}
         self.accept_pauses = 0
         self.descriptors_in_use: Callable[[], int] = lambda: 0

@@ -1,0 +1,354 @@
+"""Kubernetes objects are read here: Service, EndpointSlice and Endpoints, decoded, validated, turned into model values.
+
+An object comes as a parsed value (dicts, lists, text, numbers); where it was found and how it was parsed is the
+caller's business, what is done with several of them is in `sources.store`. Fields that do not matter to a proxy are
+never looked at. Everything that does matter is untrusted: an object is taken whole or refused whole, with one
+ObjectError that tells all its problems, each as `field: found X; allowed: Y`.
+
+The structs give the shape only. Their leaves are `Any`, because a typed leaf would end the decoding at the first
+mistake, and people want to hear of all of them at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+
+from userspace_proxy.exceptions import ObjectError
+from userspace_proxy.model import (
+    DEFAULT_AFFINITY_TIMEOUT,
+    Endpoint,
+    ServicePort,
+    ServicePortName,
+    SessionAffinity,
+    family_of,
+)
+from userspace_proxy.sources.checks import Check, Port, show
+
+logger = logging.getLogger(__name__)
+
+API_VERSIONS = {"Service": "v1", "Endpoints": "v1", "EndpointSlice": "discovery.k8s.io/v1"}
+LISTS = {"List": "", **{f"{kind}List": kind for kind in API_VERSIONS}}
+"""Kinds that hold others, and the kind of their items where that is settled by the list's own."""
+
+SERVICE_NAME = "kubernetes.io/service-name"
+NOT_OURS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
+"""Labels that, with any value, take an object away from the node's default proxy."""
+
+MAX_AFFINITY_TIMEOUT = 86400
+
+
+class Identity(NamedTuple):
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    identity: Identity
+    ports: Mapping[ServicePortName, ServicePort]
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSet:
+    """What one EndpointSlice or Endpoints object says about `service`, by service port; duplicates included."""
+
+    identity: Identity
+    service: tuple[str, str]
+    endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]
+
+
+class _Metadata(msgspec.Struct):
+    name: Any = None
+    namespace: Any = None
+    labels: dict[Any, Any] | None = None
+
+
+class _Object(msgspec.Struct):
+    metadata: _Metadata | None = None
+
+
+class _ClientIPConfig(msgspec.Struct, rename="camel"):
+    timeout_seconds: Any = None
+
+
+class _AffinityConfig(msgspec.Struct):
+    client_ip: _ClientIPConfig | None = msgspec.field(default=None, name="clientIP")
+
+
+class _ServiceSpec(msgspec.Struct, rename="camel"):
+    type: Any = None
+    cluster_ip: Any = msgspec.field(default=None, name="clusterIP")
+    cluster_ips: list[Any] | None = msgspec.field(default=None, name="clusterIPs")
+    external_ips: list[Any] | None = msgspec.field(default=None, name="externalIPs")
+    ports: list[Port] | None = None
+    session_affinity: Any = None
+    session_affinity_config: _AffinityConfig | None = None
+
+
+class _Ingress(msgspec.Struct):
+    ip: Any = None
+
+
+class _LoadBalancer(msgspec.Struct):
+    ingress: list[_Ingress] | None = None
+
+
+class _ServiceStatus(msgspec.Struct, rename="camel"):
+    load_balancer: _LoadBalancer | None = None
+
+
+class _Service(_Object):
+    spec: _ServiceSpec | None = None
+    status: _ServiceStatus | None = None
+
+
+class _Conditions(msgspec.Struct):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class _SliceEndpoint(msgspec.Struct):
+    addresses: list[Any] | None = None
+    conditions: _Conditions | None = None
+
+
+class _EndpointSlice(_Object, rename="camel"):
+    address_type: Any = None
+    endpoints: list[_SliceEndpoint] | None = None
+    ports: list[Port] | None = None
+
+
+class _Address(msgspec.Struct):
+    ip: Any = None
+
+
+class _Subset(msgspec.Struct, rename="camel"):
+    addresses: list[_Address] | None = None
+    not_ready_addresses: list[_Address] | None = None
+    ports: list[Port] | None = None
+
+
+class _Endpoints(_Object):
+    subsets: list[_Subset] | None = None
+
+
+_STRUCTS: Mapping[str, type[_Object]] = {
+    "Service": _Service,
+    "Endpoints": _Endpoints,
+    "EndpointSlice": _EndpointSlice,
+}
+
+
+def unpack(value: object) -> Iterator[object]:
+    """The object itself, or those of a List. Items of a typed list (ServiceList) need not repeat their kind."""
+    items = value.get("items") if isinstance(value, dict) and _kind_of(value) in LISTS else None
+    if not isinstance(value, dict) or not isinstance(items, list):
+        yield value
+        return
+    kind = LISTS[_kind_of(value)]
+    for item in items:
+        if kind and isinstance(item, dict) and item.get("kind") is None and item.get("apiVersion") is None:
+            item.update(kind=kind, apiVersion=API_VERSIONS[kind])
+        yield item
+
+
+def identify(value: object) -> Identity | None:
+    """Whom a value speaks of, as far as it can be told even of one that will be refused."""
+    if not isinstance(value, dict) or _kind_of(value) not in API_VERSIONS:
+        return None
+    metadata = value.get("metadata")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
+        return None
+    namespace = metadata.get("namespace") or "default"
+    return Identity(_kind_of(value), namespace, metadata["name"]) if isinstance(namespace, str) else None
+
+
+def is_other_kind(value: object) -> bool:
+    """Whether this is a whole object of a kind that says nothing to a proxy: a Deployment, a Knative Service."""
+    if not isinstance(value, dict) or not isinstance(value.get("apiVersion"), str):
+        return False
+    kind = _kind_of(value)
+    if kind in API_VERSIONS:
+        return bool(_group(value["apiVersion"]) != _group(API_VERSIONS[kind]))
+    return bool(kind) and kind not in LISTS
+
+
+def decode(value: object, where: str, *, allow_loopback: bool = False) -> Service | EndpointSet | None:
+    """Read one object. None: there is nothing to proxy in it (another kind, headless, ExternalName, not ours).
+
+    Loopback endpoints are for manifests of a machine's own; from a cluster they would lead into the node.
+
+    Raises ObjectError.
+    """
+    identity = identify(value)
+    kind = _kind_of(value)
+    if is_other_kind(value):
+        logger.debug("%s: %s: no Service, EndpointSlice or Endpoints; skipped", where, kind)
+        return None
+    check = Check(allow_loopback)
+    if kind not in API_VERSIONS or not isinstance(value, dict):
+        raise ObjectError(where, f"{kind or 'object'}", [_unknown(value)])
+    if value.get("apiVersion") != API_VERSIONS[kind]:
+        check.refuse("apiVersion", value.get("apiVersion"), API_VERSIONS[kind])
+    try:
+        decoded = msgspec.convert(value, _STRUCTS[kind])
+    except msgspec.ValidationError as error:
+        raise ObjectError(where, str(identity or kind), [*check.problems, _shape_problem(error)]) from None
+    labels = (decoded.metadata and decoded.metadata.labels) or {}
+    if any(label in labels for label in NOT_OURS):
+        logger.debug("%s: %s: labelled for another proxy or headless; skipped", where, identity or kind)
+        return None
+    found = _read(decoded, kind, labels, check)
+    if check.problems:
+        raise ObjectError(where, str(identity or kind), check.problems)
+    return found
+
+
+def _read(decoded: _Object, kind: str, labels: Mapping[Any, Any], check: Check) -> Service | EndpointSet | None:
+    metadata = decoded.metadata or _Metadata()
+    namespace = "default" if metadata.namespace in (None, "") else metadata.namespace
+    name = check.name("metadata.name", metadata.name, dotted=kind != "Service")
+    identity = Identity(kind, check.name("metadata.namespace", namespace), name)
+    if isinstance(decoded, _Service):
+        return _read_service(decoded, identity, check)
+    if isinstance(decoded, _EndpointSlice):
+        return _read_slice(decoded, identity, labels, check)
+    assert isinstance(decoded, _Endpoints)
+    return _read_endpoints(decoded, identity, check)
+
+
+def _read_service(decoded: _Service, identity: Identity, check: Check) -> Service | None:
+    spec = decoded.spec or _ServiceSpec()
+    kinds = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
+    if spec.type not in (None, "", *kinds):
+        check.refuse("spec.type", spec.type, ", ".join(kinds))
+    given = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip not in (None, "") else [])
+    if spec.type == "ExternalName" or not given or given[0] in ("None", ""):
+        return None
+    cluster_ips = _read_cluster_ips(spec, given, check)
+    external_ips = tuple(check.service_ip(f"spec.externalIPs[{i}]", ip) for i, ip in enumerate(spec.external_ips or ()))
+    balancer = (decoded.status and decoded.status.load_balancer) or _LoadBalancer()
+    balancer_ips = tuple(
+        check.service_ip(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
+        for i, ingress in enumerate(balancer.ingress or ())
+        if ingress.ip not in (None, "")  # some clouds give a host name instead
+    )
+    affinity, timeout = _read_affinity(spec, check)
+    ports: dict[ServicePortName, ServicePort] = {}
+    for port in check.service_ports(spec.ports or ()):
+        ports[ServicePortName(identity.namespace, identity.name, port.name)] = ServicePort(
+            protocol=port.protocol,
+            port=port.port,
+            cluster_ips=cluster_ips,
+            node_port=port.node_port,
+            external_ips=tuple(dict.fromkeys(external_ips)),
+            load_balancer_ips=tuple(dict.fromkeys(balancer_ips)),
+            affinity=affinity,
+            affinity_timeout=timeout,
+        )
+    return Service(identity, ports)
+
+
+def _read_cluster_ips(spec: _ServiceSpec, given: Sequence[Any], check: Check) -> tuple[str, ...]:
+    field = "spec.clusterIPs" if spec.cluster_ips else "spec.clusterIP"
+    ips = tuple(
+        check.service_ip(f"{field}[{i}]" if spec.cluster_ips else field, ip, cluster=True) for i, ip in enumerate(given)
+    )
+    families = [family_of(ip) for ip in ips if ip]
+    if len(families) > 2 or len(set(families)) < len(families):
+        check.refuse(field, list(given), "one address, or one of each family")
+    if spec.cluster_ips and spec.cluster_ip not in (None, "", given[0]):
+        check.refuse("spec.clusterIP", spec.cluster_ip, f"the first of spec.clusterIPs, {show(given[0])}")
+    return ips
+
+
+def _read_affinity(spec: _ServiceSpec, check: Check) -> tuple[SessionAffinity, float]:
+    affinity = SessionAffinity.NONE
+    if spec.session_affinity == SessionAffinity.CLIENT_IP.value:
+        affinity = SessionAffinity.CLIENT_IP
+    elif spec.session_affinity not in (None, "", "None"):
+        check.refuse("spec.sessionAffinity", spec.session_affinity, "None, ClientIP")
+    config = (spec.session_affinity_config and spec.session_affinity_config.client_ip) or _ClientIPConfig()
+    if config.timeout_seconds is None:
+        return affinity, DEFAULT_AFFINITY_TIMEOUT
+    field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+    return affinity, float(check.number(field, config.timeout_seconds, 1, MAX_AFFINITY_TIMEOUT))
+
+
+def _read_slice(decoded: _EndpointSlice, identity: Identity, labels: Mapping[Any, Any], check: Check) -> EndpointSet:
+    service = check.name(f"metadata.labels[{SERVICE_NAME}]", labels.get(SERVICE_NAME))
+    family = decoded.address_type
+    if family not in ("IPv4", "IPv6"):
+        check.refuse("addressType", family, "IPv4, IPv6")
+    ports = check.ports("ports", decoded.ports or ())
+    by_port: dict[str, list[Endpoint]] = {port.name: [] for port in ports}
+    for i, endpoint in enumerate(decoded.endpoints or ()):
+        conditions = endpoint.conditions or _Conditions()
+        ready, serving = conditions.ready is not False, conditions.serving is not False
+        if not endpoint.addresses:
+            check.refuse(f"endpoints[{i}].addresses", endpoint.addresses, "at least one address")
+        for j, address in enumerate(endpoint.addresses or ()):
+            ip = check.endpoint_ip(f"endpoints[{i}].addresses[{j}]", address)
+            if ip and family in ("IPv4", "IPv6") and family_of(ip).value != family:
+                check.refuse(f"endpoints[{i}].addresses[{j}]", address, f"{family}, as addressType says")
+            for port in ports:
+                by_port[port.name].append(Endpoint(ip, port.port, ready, serving, bool(conditions.terminating)))
+    namespace = identity.namespace
+    named = {ServicePortName(namespace, service, name): tuple(found) for name, found in by_port.items()}
+    return EndpointSet(identity, (namespace, service), named)
+
+
+def _read_endpoints(decoded: _Endpoints, identity: Identity, check: Check) -> EndpointSet:
+    by_port: dict[str, list[Endpoint]] = {}
+    for i, subset in enumerate(decoded.subsets or ()):
+        ports = check.ports(f"subsets[{i}].ports", subset.ports or ())
+        for field, addresses, ready in (
+            ("addresses", subset.addresses, True),
+            ("notReadyAddresses", subset.not_ready_addresses, False),
+        ):
+            for j, address in enumerate(addresses or ()):
+                ip = check.endpoint_ip(f"subsets[{i}].{field}[{j}].ip", address.ip)
+                for port in ports:
+                    by_port.setdefault(port.name, []).append(Endpoint(ip, port.port, ready, ready))
+    key = identity.namespace, identity.name
+    return EndpointSet(identity, key, {ServicePortName(*key, name): tuple(found) for name, found in by_port.items()})
+
+
+def _kind_of(value: object) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) else ""
+
+
+def _group(api_version: object) -> str:
+    group, slash, _ = str(api_version).partition("/")
+    return group if slash else ""
+
+
+def _unknown(value: object) -> str:
+    if not isinstance(value, dict):
+        return f"found {show(value)}; allowed: an object with apiVersion, kind and metadata"
+    if _kind_of(value) in LISTS:
+        return f"items: found {show(value.get('items'))}; allowed: a list of objects, not of Lists"
+    field = "apiVersion" if _kind_of(value) else "kind"
+    return f"{field}: found {show(value.get(field))}; allowed: what every Kubernetes object says of itself"
+
+
+def _shape_problem(error: msgspec.ValidationError) -> str:
+    """From "Expected `array`, got `str` - at `$.spec.ports`" to words like those of the other problems."""
+    match = re.fullmatch(r"Expected `(.+?)`, got `(.+?)`(?: - at `\$?\.?(.*)`)?", str(error))
+    if match is None:
+        return str(error)
+    expected, got, path = match.groups()
+    words = expected.replace("array", "a list").replace("object", "a mapping").replace(" | null", "")
+    return f"{path or 'object'}: found {got}; allowed: {words}"
