@@ -127,6 +127,7 @@ class Proxier:
         self._redirects: Mapping[Portal, SocketKey] = {}
         self._own = OwnPortals((), (), host.is_local_address)
         self._problems: dict[SocketKey, list[str]] = {}
+        self._refused: tuple[str, ...] = ()
 
     # -- what comes in
 
@@ -395,6 +396,11 @@ class Proxier:
             served.socket.admit(served.admitted if self._capture.rewrites_destination else None)
         for change, count in (("added", changes.added), ("removed", changes.removed), ("repaired", changes.repaired)):
             self._metrics.capture_changes.labels(change).inc(count)
+        for problem in changes.refused:
+            if problem not in self._refused:
+                logger.warning("capture %s: refused: %s; the other redirects are in force", self._capture.name, problem)
+        self._metrics.capture_failures.inc(len(changes.refused))
+        self._refused = changes.refused
         if changes.repaired:
             logger.warning(
                 "capture %s: %d rules had been changed by others and are repaired", self._capture.name, changes.repaired

@@ -23,6 +23,8 @@ class Changes:
     removed: int = 0
     repaired: int = 0
     """Rules that should have been there, or not have been, because somebody else changed ours."""
+    refused: tuple[str, ...] = ()
+    """Redirects that cannot be had, one line each; all others are in force."""
 
 
 class Capture(typing.Protocol):
@@ -41,7 +43,8 @@ class Capture(typing.Protocol):
     async def replace(self, redirects: Collection[Redirect]) -> Changes:
         """Make the kernel equal to these redirects, and repair what others changed in ours.
 
-        Connections that are already established go on. Raises CaptureError; the next call tries again.
+        Connections that are already established go on. Raises CaptureError if what is in force now is not known;
+        the next call tries again.
         """
 
     async def withdraw(self) -> None:

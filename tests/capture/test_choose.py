@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+import pytest
+
+from tests.capture.conversation import CLUSTER_IP, redirect, saved
+from userspace_proxy.capture import choose as choosing
+from userspace_proxy.capture.choose import NAMES, choose, cleanup
+from userspace_proxy.exceptions import CaptureUnavailable
+from userspace_proxy.model import IPFamily
+
+
+def test_the_names_are_those_of_the_flag():
+    assert NAMES == ("auto", "iptables", "none")
+
+
+def test_none_works_everywhere(run):
+    assert run(choose("none", bind_address="0.0.0.0")).name == "none"
+
+
+@pytest.mark.privileged
+@pytest.mark.parametrize("name", ["auto", "iptables"])
+def test_where_iptables_works_it_is_taken(node, loop_factory, name):
+    async def main():
+        capture = await choose(name, bind_address="::", nodeport_cidrs=["127.0.0.0/8"])
+        assert capture.name == "iptables"
+        assert capture.families == set(IPFamily)
+        await capture.replace([redirect(CLUSTER_IP[IPFamily.IPV6])])
+        await capture.close()
+
+    with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
+
+
+class Unavailable(choosing.NoCapture):
+    async def start(self):
+        raise CaptureUnavailable("no tables in this kernel")
+
+
+def test_auto_goes_on_to_the_next_and_says_why(run, caplog, monkeypatch):
+    monkeypatch.setattr(choosing, "_WAYS", choosing._WAYS | {"iptables": lambda bind, cidrs: Unavailable()})
+    caplog.set_level(logging.WARNING)
+    assert run(choose("auto", bind_address="0.0.0.0")).name == "none"
+    assert "iptables" in caplog.messages[0]
+    assert "no tables in this kernel" in caplog.messages[0]
+    assert "proxy ports" in caplog.messages[1]
+    with pytest.raises(CaptureUnavailable, match="no tables"):
+        run(choose("iptables", bind_address="0.0.0.0"))
+
+
+@pytest.mark.privileged
+def test_cleanup_of_a_clean_machine(node, loop_factory):
+    with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(cleanup())
+        assert node.run("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names") == ""
+        runner.run(cleanup())
+    assert "KUBE" not in saved(node)
+
+
+@pytest.mark.privileged
+def test_without_root_auto_captures_nothing(node):
+    script = (
+        "import asyncio\n"
+        "from userspace_proxy.capture.choose import choose\n"
+        "print(asyncio.run(choose('auto', bind_address='0.0.0.0')).name)"
+    )
+    said = node.run(f'setpriv --bounding-set=-net_admin,-net_raw {sys.executable} -c "{script}"')
+    assert said.splitlines()[-1] == "none"

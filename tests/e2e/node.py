@@ -1,0 +1,196 @@
+"""A node of its own: a network namespace in which the real command runs, and pods beside it.
+
+    with Node(tmp_path) as node:
+        node.apply(service("web", "10.96.0.10", [port(80, node_port=30080)]), endpoints("web", ["10.1.0.2:8080"]))
+        node.start()
+        pod = node.pod("10.1.0.2")
+        pod.run("curl -s http://10.96.0.10/")
+
+The proxy is the command as users run it, a process with flags, signals and an exit status; what it says is read
+from its log and its HTTP pages. Cluster IPs exist only inside these namespaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.netns import Namespace, eventually
+
+Object = dict[str, Any]
+
+
+def port(number: int, *, name: str = "", protocol: str = "TCP", node_port: int = 0) -> Object:
+    found: Object = {"port": number, "name": name, "protocol": protocol}
+    if node_port:
+        found["nodePort"] = node_port
+    return found
+
+
+def service(name: str, ips: str | list[str], ports: list[Object], **spec: Any) -> Object:
+    """A Service; `ips` is its cluster IP, or one of each family."""
+    ips = [ips] if isinstance(ips, str) else ips
+    kind = "NodePort" if any("nodePort" in p for p in ports) else "ClusterIP"
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"type": kind, "clusterIP": ips[0], "clusterIPs": ips, "ports": ports, **spec},
+    }
+
+
+def endpoints(name: str, addresses: list[str], *, port_name: str = "", protocol: str = "TCP") -> Object:
+    """An EndpointSlice of `ip:port` addresses, which must agree on port and family; with `[...]` for IPv6."""
+    pairs = [address.rpartition(":") for address in addresses]
+    ipv6 = bool(pairs) and pairs[0][0].startswith("[")
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": f"{name}-{port_name or 'x'}-{protocol.lower()}-{'v6' if ipv6 else 'v4'}",
+            "namespace": "default",
+            "labels": {"kubernetes.io/service-name": name},
+        },
+        "addressType": "IPv6" if ipv6 else "IPv4",
+        "endpoints": [{"addresses": [ip.strip("[]")], "conditions": {"ready": True}} for ip, _, _ in pairs],
+        "ports": [
+            {"name": port_name, "port": int(number), "protocol": protocol} for number in {p for _, _, p in pairs}
+        ],
+    }
+
+
+class Node:
+    """The node's namespace is `net`; `start` may be called again after the proxy has ended."""
+
+    def __init__(self, directory: Path, *, address: str = "10.1.0.1/24", address6: str = "fd01::1/64") -> None:
+        self.net = Namespace()
+        self.manifests = directory / "manifests"
+        self.manifests.mkdir(exist_ok=True)
+        self._directory = directory
+        self._pods: list[Namespace] = []
+        self._runs = 0
+        self.process: subprocess.Popen[str] | None = None
+        self.log_file = directory / "log"
+        self._addresses = (address, address6)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if value is not None and self.log_file.exists():
+            sys.stderr.write(self.log_file.read_text())
+        for pod in self._pods:
+            pod.close()
+        self.net.close()
+
+    # -- what is around the proxy
+
+    def pod(self, *addresses: str) -> Namespace:
+        """A namespace behind the node's bridge, whose way out is the node; addresses without masks."""
+        if not self._pods:
+            self.net.run("ip link add br0 type bridge")
+            for address in self._addresses:
+                self.net.add_address("br0", address)
+            self.net.run("ip link set br0 up")
+            for setting in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+                self.net.run(f"sh -c 'echo 1 > /proc/sys/{setting}'")
+        pod = Namespace()
+        self._pods.append(pod)
+        here, there = self.net.connect(pod)
+        self.net.run(f"ip link set {here} master br0")
+        for address in addresses:
+            family, gateway = (6, self._addresses[1]) if ":" in address else (4, self._addresses[0])
+            ip, _, mask = gateway.partition("/")
+            pod.add_address(there, f"{address}/{mask}")
+            pod.run(f"ip -{family} route add default via {ip}")
+        return pod
+
+    def apply(self, *objects: Object, file: str = "all") -> None:
+        """Make these the content of one manifest file, in one rename."""
+        new = self.manifests / f".{file}.new"
+        new.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
+        new.rename(self.manifests / f"{file}.json")
+
+    # -- the proxy
+
+    def start(self, *flags: str, wait: bool = True, limit: int = 0) -> None:
+        """Start the command and wait until it is ready; `limit` is for its descriptors."""
+        self._runs += 1
+        self.log_file = self._directory / f"log{self._runs}"
+        command = [sys.executable, "-m", "userspace_proxy", "--manifests", str(self.manifests), *flags]
+        if limit:
+            command = ["prlimit", f"--nofile={limit}:{limit}", *command]
+        with self.net.entered(), self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "PYTHONWARNINGS": "error"},
+            )
+        if wait:
+            eventually(self.is_ready, 20)
+
+    def is_ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log()
+        return self.get("/readyz", 10256) == "ok"
+
+    def get(self, path: str, number: int = 10249) -> str:
+        return self.net.run(f"curl -s -m 5 http://127.0.0.1:{number}{path}", check=False)
+
+    def rows(self) -> dict[str, Object]:
+        """The service ports by `name` or `name:port`, as /services tells; of both families the last."""
+        return {row["name"] + (row["port"] and f":{row['port']}"): row for row in json.loads(self.get("/services"))}
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        """Signal the proxy and wait for its end; its exit status."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+    def cleanup(self) -> subprocess.CompletedProcess[str]:
+        with self.net.entered():
+            return subprocess.run(
+                [sys.executable, "-m", "userspace_proxy", "--cleanup"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+
+    # -- what the kernel holds
+
+    def rules(self) -> str:
+        """All legacy rules of both families, without counters."""
+        tables = [
+            self.net.run(f"{tool} -t {table}")
+            for tool in ("iptables-legacy-save", "ip6tables-legacy-save")
+            for table in ("nat", "filter")
+        ]
+        return "\n".join(line for text in tables for line in text.splitlines() if not line.startswith(("#", ":")))
+
+    def descriptors(self) -> int:
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def conntrack(self) -> str:
+        with contextlib.suppress(AssertionError):
+            return self.net.run("conntrack -L")
+        return ""
