@@ -38,11 +38,17 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _try_line(rows: Sequence[Row], *, captured: bool) -> str:
-    """A command that gets an answer from the first service port that looks like HTTP."""
-    for row in rows:
-        is_web = row["protocol"] == "TCP" and (row["port"].startswith("http") or row["clusterIPs"][0].endswith(":80"))
-        if row["endpoints"] and is_web:
-            local = "127.0.0.1" if row["family"] == "IPv4" else "[::1]"
-            place = row["clusterIPs"][0].removesuffix(":80") if captured else f"{local}:{row['proxyPort']}"
-            return f"\nTry it from another terminal:\n\n    curl http://{place}/\n"
-    return ""
+    """A command that gets an answer, from a service port that looks like HTTP and shows round robin if there is one."""
+    web = [
+        row
+        for row in rows
+        if row["endpoints"]
+        and row["protocol"] == "TCP"
+        and (row["port"].startswith("http") or row["clusterIPs"][0].endswith(":80"))
+    ]
+    if not web:
+        return ""
+    row = min(web, key=lambda row: (row["affinity"] != "None", -len(row["endpoints"])))
+    local = "127.0.0.1" if row["family"] == "IPv4" else "[::1]"
+    place = row["clusterIPs"][0].removesuffix(":80") if captured else f"{local}:{row['proxyPort']}"
+    return f"\nTry it from another terminal:\n\n    curl http://{place}/\n"
