@@ -128,6 +128,8 @@ class Proxier:
         self._own = OwnPortals((), (), host.is_local_address)
         self._problems: dict[SocketKey, list[str]] = {}
         self._refused: tuple[str, ...] = ()
+        self._settled: Mapping[ServicePortName, ServicePort] | None = None
+        """Services for which there was nothing left to do."""
 
     # -- what comes in
 
@@ -222,6 +224,11 @@ class Proxier:
     async def _sync(self) -> None:
         snapshot = self._snapshot
         assert snapshot is not None
+        if self._settled is snapshot.services and not self._problems:
+            # Nothing to decide: tens of milliseconds at thousands of services, and the data path waits for them.
+            await self._replace(self._redirects)
+            self._purge()
+            return
         noted, self._problems = self._problems, {}
         have = State(
             {key: served.service.protocol for key, served in self._served.items()},
@@ -235,11 +242,16 @@ class Proxier:
             self._note(problem.key, problem.message, noted)
         self._adopt(snapshot.services)
         self._recognise_ourselves(want)
-        await self._carry_out(plan(have, want), want, noted)
+        if await self._carry_out(plan(have, want), want, noted):
+            self._settled = snapshot.services
         for key, served in self._served.items():
-            served.balancer.purge()
             if served.failed:
                 self._update_endpoints(key, served, noted)
+        self._purge()
+
+    def _purge(self) -> None:
+        for served in self._served.values():
+            served.balancer.purge()
 
     def _adopt(self, services: Mapping[ServicePortName, ServicePort]) -> None:
         """Changes of a service port that move no socket: affinity, and what is compared next time."""
@@ -270,7 +282,8 @@ class Proxier:
         steps: Sequence[Open | Claim | Replace | Unclaim | Close],
         want: State,
         noted: Mapping[SocketKey, list[str]],
-    ) -> None:
+    ) -> bool:
+        """Whether every step was gone through; what depends on one that failed is left out, and noted."""
         node_ports = {place.port for place in want.claims}
         unopened: set[SocketKey] = set()
         unclaimed: set[LocalPort] = set()
@@ -287,14 +300,13 @@ class Proxier:
                 case Replace():
                     replaced = True
                     if not await self._replace(without(step, unopened, unclaimed).redirects):
-                        return
+                        return False
                 case Unclaim(place):
                     for sock in self._claims.pop(place):
                         sock.close()
                 case Close(key):
                     self._close(key)
-        if not replaced:
-            await self._replace(self._redirects)
+        return replaced or await self._replace(self._redirects)
 
     # -- steps
 

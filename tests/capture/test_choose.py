@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 
@@ -33,6 +34,21 @@ def test_where_iptables_works_it_is_taken(node, loop_factory, name):
 
     with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
+
+
+@pytest.mark.privileged
+@pytest.mark.parametrize("moment", [0.05, 0.2, 0.35, 0.5])
+def test_a_start_that_is_cancelled_leaves_nothing_behind(node, loop_factory, moment):
+    before = saved(node)
+
+    async def main():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(moment):
+                await (await choose("iptables", bind_address="0.0.0.0")).close()
+
+    with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
+    assert saved(node) == before
 
 
 class Unavailable(choosing.NoCapture):

@@ -36,7 +36,12 @@ async def choose(name: str, *, bind_address: str, nodeport_cidrs: Sequence[str] 
     """
     if name != AUTO:
         capture = _WAYS[name](bind_address, nodeport_cidrs)
-        await capture.start()
+        try:
+            await capture.start()
+        except BaseException:
+            # Cancelled half-way, by a signal for one, it may have made rules already.
+            await capture.close()
+            raise
         return capture
     for way in _WAYS:
         try:

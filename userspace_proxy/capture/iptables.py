@@ -199,8 +199,14 @@ class IPTables:
         return frozenset(self._workers)
 
     async def start(self) -> None:
-        problems = await asyncio.gather(*map(self._open, self._openings))
-        found = [problem for problem in problems if problem]
+        # With exceptions returned, a cancelled start waits until every family has been dealt with.
+        answers = await asyncio.gather(*map(self._open, self._openings), return_exceptions=True)
+        found = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer:
+                found.append(answer)
         if not self._workers:
             raise CaptureUnavailable("; ".join(found))
         for problem in found:
@@ -223,7 +229,8 @@ class IPTables:
                 await worker.end()
                 return f"{family.value} is not available: {_advice(str(error))}"
             except BaseException:
-                await worker.end()
+                # Cancelled, while the worker goes on making its first rules: close() has to see to it.
+                self._workers[family] = worker
                 raise
             else:
                 self._workers[family] = worker
