@@ -365,7 +365,7 @@ def test_affinity_is_switched_on_a_running_service(run: Run) -> None:
         async with bench() as b:
             endpoints = {WEB: tuple(Endpoint("127.0.0.1", n) for n in (7, 8, 9))}
             await b.publish({WEB: tcp()}, endpoints)
-            balancer = b.proxier._served[next(iter(b.proxier._served))].balancer
+            balancer = next(iter(b.proxier._serving.served.values())).balancer
             assert len({balancer.pick("192.0.2.1") for _ in range(3)}) == 3
             await b.publish({WEB: tcp(affinity=SessionAffinity.CLIENT_IP)}, endpoints)
             assert len({balancer.pick("192.0.2.1") for _ in range(3)}) == 1
@@ -442,13 +442,13 @@ def test_one_endpoint_change_touches_one_service_port(run: Run) -> None:
             endpoints: dict[Any, Any] = dict.fromkeys(services, ALIVE)
             await b.publish(services, endpoints)
             touched: list[SocketKey] = []
-            original = b.proxier._update_endpoints
+            original = b.proxier._serving._update
 
             def spy(key: SocketKey, *rest: Any) -> None:
                 touched.append(key)
                 original(key, *rest)
 
-            b.proxier._update_endpoints = spy  # type: ignore[method-assign]
+            b.proxier._serving._update = spy  # type: ignore[method-assign]
             name = ServicePortName("default", "s7")
             b.proxier.publish(Snapshot(services, endpoints | {name: (Endpoint("127.0.0.1", 10),)}))
             assert [key.name for key in touched] == [name]

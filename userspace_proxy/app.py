@@ -127,7 +127,7 @@ class App:
 
     def _fit_descriptors(self) -> None:
         """Sessions may have what proxy sockets leave."""
-        self._descriptors.limit = max(2, self._limit - RESERVE - self._proxier.proxy_descriptors)
+        self._descriptors.limit = max(2, self._limit - RESERVE - self._proxier.descriptors)
 
     async def _end_on_signal(self) -> None:
         """Drain while health, metrics and the control loop still answer; then end them all."""

@@ -1,0 +1,156 @@
+"""Open sockets and held ports, step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from userspace_proxy.config import PortRange
+from userspace_proxy.metrics import Metrics, Outcome
+from userspace_proxy.model import Endpoint, IPFamily, Protocol, ServicePort, ServicePortName, Snapshot, SocketKey
+from userspace_proxy.plan import LocalPort
+from userspace_proxy.poller import Poller
+from userspace_proxy.serving import Problems, Serving
+from userspace_proxy.sockets.base import Descriptors
+from userspace_proxy.sockets.tcp import TCPSockets
+from userspace_proxy.sockets.udp import UDPSockets
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+V4 = IPFamily.IPV4
+NAME = ServicePortName("default", "web", "http")
+KEY = SocketKey(NAME, V4)
+TCP = ServicePort(Protocol.TCP, 80, ("127.96.0.1",))
+UDP = ServicePort(Protocol.UDP, 80, ("127.96.0.1",))
+
+
+@contextmanager
+def serving(*, networks: tuple[str, ...] = (), strangers: bool = False) -> Iterator[Serving]:
+    poller = Poller(asyncio.get_running_loop())
+    metrics, descriptors = Metrics(), Descriptors(100)
+    sockets = {
+        Protocol.TCP: TCPSockets(poller, descriptors, metrics, splice=False, half_close_timeout=60.0),
+        Protocol.UDP: UDPSockets(poller, descriptors, idle_timeout=1.0, max_flows=10),
+    }
+    made = Serving(
+        sockets,
+        metrics,
+        bind={V4: "0.0.0.0"},
+        port_range=PortRange(20000, 29999),
+        nodeport_networks=networks,
+        strangers=strangers,
+        clock=time.monotonic,
+        rng=random.Random(3),
+    )
+    yield made
+    made.close_all()
+    assert made.descriptors == 0
+    for kind in sockets.values():
+        kind.end_all(Outcome.CLOSED)
+    poller.close()
+
+
+def test_trouble_is_logged_when_it_is_new_and_kept_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    problems = Problems()
+    for _ in range(3):
+        problems.begin()
+        problems.note(KEY, "no port")
+        problems.note(KEY, "no port")
+        assert problems.of(KEY) == ["no port"]
+    problems.begin()
+    assert not problems.of(KEY)
+    assert not len(problems)
+    problems.begin()
+    problems.note(KEY, "no port")
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2, "once at first, once after it had passed"
+
+
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP])
+def test_a_node_port_is_claimed_on_the_addresses_that_serve_it(run: Run, protocol: Protocol) -> None:
+    kind = socket.SOCK_STREAM if protocol is Protocol.TCP else socket.SOCK_DGRAM
+
+    async def main() -> None:
+        with serving(networks=("127.0.0.2/31",)) as made:
+            place = LocalPort(V4, protocol, 30201)
+            assert made.claim(place, ("127.0.0.2", "127.0.0.3", "::1"), [KEY])
+            assert made.descriptors == 2
+            with socket.socket(socket.AF_INET, kind) as other:
+                other.bind(("127.0.0.1", 30201))  # nobody's address for node ports
+            for ip in ("127.0.0.2", "127.0.0.3"):
+                with socket.socket(socket.AF_INET, kind) as other, pytest.raises(OSError, match="in use"):
+                    other.bind((ip, 30201))
+            made.unclaim(place)
+            assert made.descriptors == 0
+
+    run(main())
+
+
+def test_a_claim_that_fails_half_way_holds_nothing(run: Run) -> None:
+    async def main() -> None:
+        with serving(networks=("127.0.0.2/31",)) as made, socket.socket() as other:
+            other.bind(("127.0.0.3", 30202))
+            assert not made.claim(LocalPort(V4, Protocol.TCP, 30202), ("127.0.0.2", "127.0.0.3"), [KEY])
+            assert made.descriptors == 0
+            [problem] = made.problems.of(KEY)
+            assert "node port *:30202/TCP (IPv4) is in use on this host: 127.0.0.3:30202" in problem
+
+    run(main())
+
+
+def test_an_endpoint_that_is_our_own_proxy_port_is_left_out(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        with serving(strangers=True) as made:
+            assert made.open(KEY, TCP, Snapshot({NAME: TCP}), ())
+            port = made.served[KEY].socket.port
+            snapshot = Snapshot({NAME: TCP}, {NAME: (Endpoint("127.0.0.1", port), Endpoint("127.0.0.1", 9))})
+            made.recognise_ourselves((), snapshot)
+            assert made.served[KEY].balancer.endpoints == (("127.0.0.1", 9),)
+            assert made.served[KEY].own == (Endpoint("127.0.0.1", port),)
+            made.recognise_ourselves((), snapshot)
+
+    run(main())
+    assert sum("own place" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_what_cannot_serve_is_tried_again(run: Run) -> None:
+    """Another program shares the port of a refusing UDP socket for a moment: serving fails, and then works."""
+
+    async def main() -> None:
+        with serving() as made:
+            assert made.open(KEY, UDP, Snapshot({NAME: UDP}), ())
+            served = made.served[KEY]
+            snapshot = Snapshot({NAME: UDP}, {NAME: (Endpoint("127.0.0.1", 9),)})
+            claim = served.socket._claim  # type: ignore[attr-defined]
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            made.follow(Snapshot({NAME: UDP}), snapshot)
+            assert served.failed
+            assert "cannot be had" in made.problems.of(KEY)[0]
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            made.retry(snapshot)
+            assert not served.failed
+
+    run(main())
+
+
+def test_the_report_names_every_service_port(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            other = ServicePortName("default", "api")
+            services = {NAME: TCP, other: UDP}
+            made.open(KEY, TCP, Snapshot(services, {NAME: (Endpoint("127.0.0.1", 9),)}), ())
+            api, web = made.report(Snapshot(services))
+            assert (web["state"], web["endpoints"], web["clusterIPs"]) == (
+                "serving",
+                ["127.0.0.1:9"],
+                ["127.96.0.1:80"],
+            )
+            assert (api["state"], api["proxyPort"]) == ("down", 0)
+
+    run(main())
