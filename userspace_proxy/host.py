@@ -35,8 +35,9 @@ def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:
     wanted = [ipaddress.ip_network(network) for network in networks]
     with IPRoute() as route:
         found = {str(message.get("address")) for message in route.get_addr()}
-    addresses = sorted(ipaddress.ip_address(text.partition("%")[0]) for text in found if text != "None")
-    return tuple(str(ip) for ip in addresses if any(ip in network for network in wanted))
+    addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found if text != "None"]
+    within = [ip for ip in addresses if any(ip in network for network in wanted)]
+    return tuple(str(ip) for ip in sorted(within, key=lambda ip: (ip.version, ip.packed)))
 
 
 def ephemeral_ports() -> tuple[int, int]:

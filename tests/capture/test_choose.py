@@ -42,9 +42,12 @@ def test_a_start_that_is_cancelled_leaves_nothing_behind(node, loop_factory, mom
     before = saved(node)
 
     async def main():
+        capture = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(moment):
-                await (await choose("iptables", bind_address="0.0.0.0")).close()
+                capture = await choose("iptables", bind_address="0.0.0.0")
+        if capture:
+            await capture.close()
 
     with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())

@@ -392,6 +392,13 @@ def test_a_worker_that_dies_of_its_request_is_an_error(captured, node, tmp_path,
 
 
 @on_each_loop
+def test_a_worker_that_cannot_be_started_is_an_error(captured, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(CaptureUnavailable, match="/nonexistent/python cannot be started: No such file"):
+        captured.start()
+
+
+@on_each_loop
 def test_a_worker_that_does_not_answer_is_killed(captured, node, monkeypatch):
     captured.start()
     monkeypatch.setattr(iptables, "_ANSWER_TIMEOUT", 0.3)

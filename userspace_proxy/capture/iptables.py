@@ -147,13 +147,16 @@ class Worker:
         root = str(pathlib.Path(userspace_proxy.__file__).parents[1])
         search = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
         # A session of its own keeps the terminal's Ctrl-C away: it is needed to clean up afterwards.
-        _, conversation = await asyncio.get_running_loop().subprocess_exec(
-            lambda: _Conversation(self.name),
-            sys.executable,
-            *("-W", "ignore", "-m", "userspace_proxy.capture.worker"),
-            env=os.environ | {"PYTHONPATH": search},
-            start_new_session=True,
-        )
+        try:
+            _, conversation = await asyncio.get_running_loop().subprocess_exec(
+                lambda: _Conversation(self.name),
+                sys.executable,
+                *("-W", "ignore", "-m", "userspace_proxy.capture.worker"),
+                env=os.environ | {"PYTHONPATH": search},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise CaptureError(f"{self.name}: {sys.executable} cannot be started: {error.strerror}") from error
         return conversation
 
     async def end(self) -> None:
@@ -199,14 +202,13 @@ class IPTables:
         return frozenset(self._workers)
 
     async def start(self) -> None:
-        # With exceptions returned, a cancelled start waits until every family has been dealt with.
-        answers = await asyncio.gather(*map(self._open, self._openings), return_exceptions=True)
-        found = []
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer:
-                found.append(answer)
+        opening = asyncio.gather(*map(self._open, self._openings))
+        try:
+            found = [problem for problem in await asyncio.shield(opening) if problem]
+        except asyncio.CancelledError:
+            # A worker that has begun to make rules is seen through, so that close() finds it in a known state.
+            await opening
+            raise
         if not self._workers:
             raise CaptureUnavailable("; ".join(found))
         for problem in found:
@@ -228,10 +230,6 @@ class IPTables:
             except CaptureError as error:
                 await worker.end()
                 return f"{family.value} is not available: {_advice(str(error))}"
-            except BaseException:
-                # Cancelled, while the worker goes on making its first rules: close() has to see to it.
-                self._workers[family] = worker
-                raise
             else:
                 self._workers[family] = worker
                 self._say_once(worker, [f"done without python-iptables: {problem}" for problem in problems])

@@ -1,0 +1,113 @@
+"""The wiring: everything meets, over real HTTP and real signals, with no capture and no root."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.node import endpoints, port, service
+from tests.netns import eventually
+from tests.proxy import Servers, echo
+
+
+class Running:
+    """The command on loopback, with admin ports that the kernel picks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.manifest = directory / "all.json"
+        self._log = directory.parent / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def apply(self, *objects: object) -> None:
+        new = self.manifest.with_name(".new")
+        new.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
+        new.rename(self.manifest)
+
+    def start(self, *flags: str) -> None:
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "userspace_proxy", "--manifests", str(self.manifest.parent)),
+                    *("--capture=none", "--bind-address=127.0.0.1"),
+                    *("--healthz-bind-address=127.0.0.1:0", "--metrics-bind-address=127.0.0.1:0", *flags),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        eventually(lambda: self.log().count("serving on http") == 2 and "SERVICE PORT" in self.log(), 20)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def get(self, server: str, path: str) -> str:
+        [url] = re.findall(rf"--{server}-bind-address: serving on (http://\S+)", self.log())
+        try:
+            with urllib.request.urlopen(url + path, timeout=5) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.read().decode()
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    directory = tmp_path / "manifests"
+    directory.mkdir()
+    made = Running(directory)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.process.kill()
+        made.process.wait()
+
+
+def test_everything_meets(running: Running) -> None:
+    with Servers(echo) as endpoint:
+        running.apply(service("web", "127.96.0.10", [port(80)]), endpoints("web", [f"127.0.0.1:{endpoint.address[1]}"]))
+        running.start("--drain-timeout=20s")
+        assert running.get("healthz", "/readyz") == "ok"
+        assert "nodeEligible" in running.get("healthz", "/healthz")
+        [row] = json.loads(running.get("metrics", "/services"))
+        assert f"curl http://127.0.0.1:{row['proxyPort']}/" in running.log()
+        with socket.create_connection(("127.0.0.1", row["proxyPort"]), 5) as client:
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+            [session] = json.loads(running.get("metrics", "/connections"))
+            assert session["to_client"] == 5
+            metrics = running.get("metrics", "/metrics")
+            assert re.search(r'sessions_active\{.*service="web".*\} 1\.0', metrics)
+            assert re.search(r'bytes_total\{direction="to_client".*\} 5\.0', metrics), "live bytes are counted"
+            assert json.loads(running.get("metrics", "/configz"))["userspaceproxy.config"]["drainTimeout"] == "20s"
+            assert running.process is not None
+            running.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "draining" in running.get("healthz", "/readyz"))
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", row["proxyPort"]), 5)
+            client.sendall(b"still")
+            assert client.recv(5) == b"still"
+        assert running.process.wait(10) == 0
+
+
+def test_refused_objects_are_counted_and_the_rest_is_served(running: Running) -> None:
+    running.apply(
+        service("good", "127.96.0.10", [port(80)]), service("bad", "not an address", [port(80)]), {"kind": "Service"}
+    )
+    running.start()
+    assert [row["name"] for row in json.loads(running.get("metrics", "/services"))] == ["good"]
+    assert "userspace_proxy_refused_objects 2.0" in running.get("metrics", "/metrics")
+
+
+def test_a_change_of_a_manifest_is_served(running: Running) -> None:
+    running.apply(service("one", "127.96.0.10", [port(80)]))
+    running.start("--iptables-min-sync-period=0s")
+    running.apply(service("two", "127.96.0.10", [port(80)]))
+    eventually(lambda: [r["name"] for r in json.loads(running.get("metrics", "/services"))] == ["two"])

@@ -1,0 +1,138 @@
+"""The command as a process: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.netns import Namespace, eventually
+from userspace_proxy import __version__, cli
+from userspace_proxy.config import Config, LoggingFormat
+from userspace_proxy.exceptions import CaptureError, ConfigError
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "userspace_proxy", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_help_and_version_are_on_stdout_and_fine() -> None:
+    shown = command("--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "--manifests PATH" in shown.stdout
+    shown = command("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"userspace-proxy {__version__}\n")
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    shown = command("--capture=magic", "--udp-timeout=0", "--prox-port-range=1", "stray")
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    lines = shown.stderr.splitlines()
+    assert sum(line.startswith("userspace-proxy: ") for line in lines) >= 4
+    assert "--proxy-port-range" in shown.stderr, "the nearest name is proposed"
+    assert "Traceback" not in shown.stderr
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    shown = command("--manifests", str(missing), "--capture=none", "--healthz-bind-address=", "--metrics-bind-address=")
+    assert shown.returncode == 2
+    assert str(missing) in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.privileged
+def test_an_admin_address_in_use_ends_it_where_that_is_asked_for(tmp_path: Path) -> None:
+    flags = f"--manifests {tmp_path} --capture=none --metrics-bind-address= --healthz-bind-address=127.0.0.1:10256"
+    with Namespace() as node:
+        node.spawn(f"{sys.executable} -m http.server -b 127.0.0.1 10256")
+        eventually(lambda: "10256" in node.run("ss -ltn"))
+        said = node.run(f"{sys.executable} -m userspace_proxy {flags} --bind-address-hard-fail", check=False)
+        assert "cannot listen on 127.0.0.1:10256" in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.privileged
+def test_without_root_auto_settles_for_none_and_iptables_says_what_is_missing() -> None:
+    nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups"
+    # pytest's directories are its user's alone.
+    with tempfile.TemporaryDirectory() as directory, Namespace() as node:
+        Path(directory).chmod(0o755)
+        flags = f"-m userspace_proxy --manifests {directory}"
+        if node.run(f"{nobody} {sys.executable} -c 'import userspace_proxy.cli'", check=False):
+            pytest.skip(f"nobody may not run {sys.executable}")
+        said = node.run(f"sh -c '{nobody} {sys.executable} {flags} --capture=iptables; echo exit $?'")
+        assert "run as root" in said
+        assert "exit 1" in said
+        said = node.run(f"sh -c '{nobody} timeout -s INT 3 {sys.executable} {flags}; echo exit $?'", check=False)
+        assert "capture iptables does not work here" in said
+        assert "capture none" in said
+        assert "no service ports yet" in said
+
+
+def test_faults_of_the_world_are_a_line_and_our_own_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    nested = ExceptionGroup("", [CaptureError("the table is gone"), ExceptionGroup("", [ZeroDivisionError("ours")])])
+    assert cli._explain(nested) == 1
+    expected, ours = caplog.records
+    assert (expected.getMessage(), expected.exc_info) == ("the table is gone", None)
+    assert ours.exc_info
+
+
+def test_unusable_flags_found_late_are_exit_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._explain(ExceptionGroup("", [ConfigError(["--manifests: gone"])])) == 2
+    assert "userspace-proxy: --manifests: gone\n" in capsys.readouterr().err
+
+
+@pytest.fixture
+def _logging_restored() -> object:
+    root, ours = logging.getLogger(), logging.getLogger("userspace_proxy")
+    sessions = logging.getLogger("userspace_proxy.sockets")
+    before = (root.handlers[:], root.level, ours.level, sessions.level)
+    yield
+    root.handlers[:], levels = before[0], before[1:]
+    for logger, level in zip((root, ours, sessions), levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.parametrize(("verbosity", "syncs", "connections"), [(0, False, False), (2, True, False), (4, True, True)])
+def test_verbosity(verbosity: int, syncs: bool, connections: bool) -> None:
+    cli.set_up_logging(Config(verbosity=verbosity))
+    assert logging.getLogger("userspace_proxy.proxier").isEnabledFor(logging.DEBUG) is syncs
+    assert logging.getLogger("userspace_proxy.sockets.tcp").isEnabledFor(logging.DEBUG) is connections
+    assert logging.getLogger("userspace_proxy.sockets.tcp").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.set_up_logging(Config(logging_format=LoggingFormat.JSON))
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        logging.getLogger("userspace_proxy").exception("%s broke", "it")
+    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (line["level"], line["message"]) == ("error", "it broke")
+    assert "ZeroDivisionError" in line["exception"]
+
+
+def test_a_signal_while_it_starts_ends_it_in_order(tmp_path: Path) -> None:
+    """The health server is up before anything is served."""
+    flags = ["--manifests", str(tmp_path), "--capture=none", "--healthz-bind-address=127.0.0.1:0"]
+    flags.append("--metrics-bind-address=")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "userspace_proxy", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert "serving on" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 0

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from tests.netns import Namespace
+from userspace_proxy import host
+
+
+def test_own_addresses_are_local_and_others_are_not() -> None:
+    assert host.is_local_address("127.0.0.1")
+    assert host.is_local_address("127.1.2.3")
+    assert host.is_local_address("::1")
+    assert not host.is_local_address("192.0.2.1")
+    assert not host.is_local_address("2001:db8::1")
+
+
+@pytest.mark.privileged
+def test_addresses_within_networks() -> None:
+    with Namespace() as node, Namespace() as other:
+        here, _ = node.connect(other, "10.1.0.1/24", "10.1.0.2/24")
+        node.add_address(here, "10.2.0.1/16")
+        node.add_address(here, "fd01::1/64")
+        with node.entered():
+            assert host.local_addresses(["10.1.0.0/16"]) == ("10.1.0.1",)
+            assert host.local_addresses(["10.0.0.0/8", "127.0.0.0/8"]) == ("10.1.0.1", "10.2.0.1", "127.0.0.1")
+
+
+@pytest.mark.privileged
+def test_addresses_of_both_families() -> None:
+    with Namespace() as node, node.entered():
+        assert host.local_addresses(["::1/128"]) == ("::1",)
+        assert host.local_addresses(["127.0.0.0/8", "::/0"]) == ("127.0.0.1", "::1")
+
+
+def test_ephemeral_ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, last = host.ephemeral_ports()
+    assert 1 <= first < last <= 65535
+    monkeypatch.setattr(host, "_EPHEMERAL_PORTS", tmp_path / "missing")
+    assert host.ephemeral_ports() == (32768, 60999)
+
+
+def test_the_descriptor_limit_is_raised_as_far_as_allowed() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        assert host.raise_descriptor_limit() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        assert host.raise_descriptor_limit() == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
