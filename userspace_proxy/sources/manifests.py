@@ -32,7 +32,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
 MAX_SIZE = 64 << 20
 STEP = 40
 """Milliseconds without a change after which files are taken as written."""
-DEBOUNCE = 100
+DEBOUNCE = 1600
 """Milliseconds after which they are read even if changes go on."""
 
 _Stamp = tuple[int, int, int, int]

@@ -235,6 +235,10 @@ def _read_service(decoded: _Service, identity: Identity, check: Check) -> Servic
         check.refuse("spec.type", spec.type, ", ".join(kinds))
     given = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip not in (None, "") else [])
     if spec.type == "ExternalName" or not given or given[0] in ("None", ""):
+        if spec.type != "ExternalName" and not given:
+            logger.info(
+                "%s: no clusterIP, so it is not served; outside a cluster nobody allocates one: write it", identity
+            )
         return None
     cluster_ips = _read_cluster_ips(spec, given, check)
     external_ips = tuple(check.service_ip(f"spec.externalIPs[{i}]", ip) for i, ip in enumerate(spec.external_ips or ()))
