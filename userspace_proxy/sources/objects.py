@@ -237,7 +237,7 @@ def _read_service(decoded: _Service, identity: Identity, check: Check) -> Servic
     if spec.type == "ExternalName" or not given or given[0] in ("None", ""):
         if spec.type != "ExternalName" and not given:
             logger.info(
-                "%s: no clusterIP, so it is not served; outside a cluster nobody allocates one: write it", identity
+                "%s: not served, it has no clusterIP; without a cluster nobody allocates one: write it", identity
             )
         return None
     cluster_ips = _read_cluster_ips(spec, given, check)
