@@ -32,6 +32,8 @@ ACCEPTS = 64
 """Clients taken in one turn."""
 BACKLOG = 65535
 """Clients that may wait to be taken; the kernel cuts it to net.core.somaxconn."""
+TELL_AGAIN = 60.0
+"""Seconds between two complaints about the same want."""
 LASTING = 5.0
 """Seconds between looks for connections that have become worth probing."""
 PAUSE = 0.1
@@ -59,6 +61,7 @@ class TCPSockets:
         self.pipes = Pipes(descriptors) if splice else None
         self.metrics = metrics
         self.draining = False
+        self._tell_again_at = 0.0
         self._on_idle: Callable[[], None] | None = None
         self._half_close_timeout = half_close_timeout
         self._dials: dict[Dial, TCPSocket] = {}
@@ -143,6 +146,18 @@ class TCPSockets:
                 self.poller.clock() - relay.since,
                 relay.to_endpoint.bytes,
                 relay.to_client.bytes,
+            )
+
+    def exhausted(self) -> None:
+        """No descriptor for another client: counted each time, told once in a while."""
+        self.metrics.accept_pauses += 1
+        now = self.poller.clock()
+        if now >= self._tell_again_at:
+            self._tell_again_at = now + TELL_AGAIN
+            logger.warning(
+                "no descriptors left for connections beyond %d: clients wait until others leave; "
+                "raise the limit on open files (ulimit -n, LimitNOFILE)",
+                self.active,
             )
 
     def _account(self, tcp_socket: TCPSocket, outcome: Outcome) -> None:
@@ -289,10 +304,7 @@ class TCPSocket:
     def _pause(self) -> None:
         if not self._paused:
             self._paused = True
-            self._shared.metrics.accept_pauses += 1
-            logger.warning(
-                "%s: no descriptors left, clients wait; raise the limit on open files (ulimit -n)", self.key.name
-            )
+            self._shared.exhausted()
 
     def _go_on(self) -> None:
         self._paused = False
