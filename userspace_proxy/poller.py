@@ -32,8 +32,9 @@ OUT = select.EPOLLOUT
 ERR = select.EPOLLERR
 HUP = select.EPOLLHUP
 RDHUP = select.EPOLLRDHUP
+PRI = select.EPOLLPRI
 
-EDGE = IN | OUT | RDHUP | select.EPOLLET
+EDGE = IN | OUT | RDHUP | PRI | select.EPOLLET
 """For streams: registered once, never changed."""
 EDGE_IN = IN | select.EPOLLET
 """For listeners."""

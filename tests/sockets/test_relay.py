@@ -38,6 +38,22 @@ def pair(start: Start, family: IPFamily = V4, **options: object) -> tuple[ProxyT
     return proxy, client, server
 
 
+def test_an_urgent_mark_does_not_stop_what_follows(start: Start, family: IPFamily) -> None:
+    """A read stops short at the mark, and no further edge tells of the bytes behind it."""
+    endpoint = listener(family)
+    proxy = start(Protocol.TCP, family, [address(endpoint)])
+    for _ in range(20):
+        with proxy.connect() as client:
+            client.sendall(b"abc")
+            client.send(b"X", socket.MSG_OOB)
+            client.sendall(b"def")
+            server, _ = endpoint.accept()
+            with server:
+                server.settimeout(5)
+                assert read_exactly(server, 6) == b"abcdef"
+    endpoint.close()
+
+
 def send_all(sock: socket.socket, payload: bytes) -> threading.Thread:
     def send() -> None:
         with contextlib.suppress(OSError):

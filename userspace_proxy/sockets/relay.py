@@ -27,7 +27,7 @@ from collections.abc import Callable
 from socket import SocketType
 
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
-from userspace_proxy.poller import ERR, HUP, IN, OUT, RDHUP, Poller
+from userspace_proxy.poller import ERR, HUP, IN, OUT, PRI, RDHUP, Poller
 from userspace_proxy.sockets.base import Descriptors
 
 BUFFER_SIZE = 128 * 1024
@@ -42,8 +42,8 @@ _TURN = range(ROUNDS)
 _buffer = bytearray(BUFFER_SIZE)
 _view = memoryview(_buffer)
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_ENDING = RDHUP | ERR | HUP
-_READABLE = IN | _ENDING
+_MORE = RDHUP | ERR | HUP | PRI
+_READABLE = IN | _MORE
 _WRITABLE = OUT | ERR | HUP
 _SPLICE_FLAGS = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK; never MORE, which holds back the last segment
 
@@ -165,8 +165,8 @@ class Direction:
     def pump(self, events: int) -> None:
         """Move bytes until the source has none or the sink takes no more.
 
-        A short read empties a stream, so no fruitless second read follows one, unless RDHUP says that an end
-        of file waits behind it.
+        A short read empties a stream, so no fruitless second read follows one. With RDHUP what it leaves is the end
+        of file; with PRI it may have stopped at an urgent mark, and with an error that is still to be heard.
         """
         if self.pipe is not None:
             self.splice()
@@ -197,7 +197,12 @@ class Direction:
                 return
             if size < BUFFER_SIZE:
                 self.bulk = 0
-                if not events & _ENDING:
+                behind = events & _MORE
+                if not behind:
+                    return
+                if behind == RDHUP:
+                    self.eof = True
+                    self.finish()
                     return
             else:
                 self.bulk += 1
