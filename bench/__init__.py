@@ -1,0 +1,1 @@
+"""What this proxy costs, measured beside its peers. `python -m bench --help` says how to run it."""
