@@ -33,7 +33,9 @@ run: $(FOR_RUN)
 
 test: lint
 	@.ci/packages test
+	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
 bench: $(FOR_BENCH)
