@@ -406,14 +406,20 @@ def test_a_fault_in_a_sync_does_not_end_the_loop(run: Run, caplog: pytest.LogCap
     assert any(r.levelno == logging.ERROR and r.exc_info for r in caplog.records)
 
 
-def test_withdrawn_it_takes_nobody_new(run: Run) -> None:
+def test_stopped_it_refuses_everybody_and_nothing_makes_it_listen_again(run: Run) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(sync_period=0.02) as b:
             await b.publish({WEB: tcp()}, {WEB: ALIVE})
             port = b.row()["proxyPort"]
+            await b.proxier.stop()
+            calls = b.capture.calls
+            assert b.capture.redirects, "who is redirected to a port that does not listen is refused at once"
+            b.proxier.publish(Snapshot({WEB: tcp(port=81)}, {WEB: (*ALIVE, Endpoint("127.0.0.1", 10))}))
+            await asyncio.sleep(0.1)
+            assert not connects(port)
+            assert b.capture.calls == calls
             await b.proxier.withdraw()
             assert b.capture.withdrawn
-            assert not connects(port)
 
     run(main())
 

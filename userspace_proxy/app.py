@@ -1,8 +1,8 @@
 """The wiring: from a Config to a running proxy and, at a signal, to one that has left nothing behind.
 
-Everything long-lived is made here and runs in one TaskGroup. The order at the end is the reverse of the one at
-the start: captures are withdrawn, sockets stop taking clients, sessions drain, then all that remains is
-closed. How to loop, to plan and to relay is elsewhere; so is what the flags mean (`config`).
+Everything long-lived is made here and runs in one TaskGroup. At the end sockets stop taking clients, who are
+refused while sessions drain; then redirects are withdrawn, what is left of the sessions is reset, sockets close,
+and the capture lets go. How to loop, to plan and to relay is elsewhere; so is what the flags mean (`config`).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class App:
         raise Stopped
 
     async def _drain(self) -> None:
-        await self._proxier.withdraw()
+        await self._proxier.stop()
         open_kinds = set(self._sockets)
 
         def ended(protocol: Protocol) -> None:
@@ -191,6 +191,8 @@ class App:
         left = sum(sockets.active for sockets in self._sockets.values())
         if left:
             logger.warning("%d sessions were still open and are reset; see --drain-timeout", left)
+        # Resets must still be translated on their way, so conntrack is let go last of all.
+        await self._proxier.withdraw()
         for sockets in self._sockets.values():
             sockets.end_all(Outcome.DRAIN_TIMEOUT)
         self._proxier.close()

@@ -106,6 +106,8 @@ class Proxier:
         )
         self._snapshot: Snapshot | None = None
         self._due = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._stopped = False
         self._redirects: Mapping[Portal, SocketKey] = {}
         self._refused: tuple[str, ...] = ()
         self._settled: Mapping[ServicePortName, ServicePort] | None = None
@@ -115,6 +117,8 @@ class Proxier:
 
     def publish(self, snapshot: Snapshot) -> None:
         """Take the newest state: its endpoints now, its services with the next sync."""
+        if self._stopped:
+            return  # an endpoint more or less must not make a socket listen again
         before, self._snapshot = self._snapshot, snapshot
         if before is None or before.services != snapshot.services:
             self._mark_due()
@@ -133,7 +137,10 @@ class Proxier:
         await self._due.wait()
         while True:
             started = self._clock()
-            await self._sync_and_measure()
+            async with self._turn:
+                if self._stopped:
+                    return
+                await self._sync_and_measure()
             await asyncio.sleep(max(0.0, self._min_sync_period - (self._clock() - started)))
             try:
                 async with asyncio.timeout(max(0.0, self._sync_period - (self._clock() - started))):
@@ -272,13 +279,22 @@ class Proxier:
 
     # -- the end
 
+    async def stop(self) -> None:
+        """Take no new connection, and sync no more; what is established goes on.
+
+        The redirects stay: with nobody listening behind them, clients are refused at once, where without them
+        they would knock at addresses that nobody has.
+        """
+        self._stopped = True
+        async with self._turn:
+            self._serving.stop_taking_clients()
+
     async def withdraw(self) -> None:
-        """Take in nothing new: no redirects, no listening; what is established goes on."""
+        """Take the redirects back, before the ports they lead to are given up."""
         try:
             await self._capture.withdraw()
         except CaptureError as error:
             logger.error("capture %s: cannot be withdrawn: %s", self._capture.name, error)
-        self._serving.stop_taking_clients()
 
     def close(self) -> None:
         """Close every socket and release every port. Sessions are their `ProxySockets`' to end, before."""

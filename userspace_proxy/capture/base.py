@@ -48,7 +48,7 @@ class Capture(typing.Protocol):
         """
 
     async def withdraw(self) -> None:
-        """Take in no new traffic. Established connections, which conntrack translates, must go on."""
+        """Redirect nothing any more. Established connections, which conntrack translates, must go on until close()."""
 
     async def close(self) -> None:
         """Leave nothing behind. Called once, after the drain; works from any state."""
