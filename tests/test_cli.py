@@ -132,8 +132,12 @@ def test_a_signal_while_it_starts_ends_it_in_order(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "userspace_proxy", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stderr is not None
-    assert "serving on" in process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    try:
+        assert process.stderr is not None
+        assert "serving on" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0

@@ -64,7 +64,9 @@ def test_all_checks_come_before_the_tests(tmp_path):
         "mypy",
         "lint-imports",
         ".ci/packages test",
+        "coverage erase",
         "coverage run -m pytest",
+        "coverage combine --quiet",
         "coverage report",
     ]
 

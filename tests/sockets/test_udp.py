@@ -166,8 +166,16 @@ def test_a_burst_of_clients_is_capped_and_then_service_is_normal(start: Start, e
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.sendto(b"x", proxy.address)
             assert proxy.sockets.active <= 50
-    with client_of(proxy) as client:
-        assert ask(client) == b"hi"
+    with client_of(proxy, timeout=0.5) as client:
+
+        def is_answered() -> bool:
+            try:
+                return ask(client) == b"hi"
+            except TimeoutError:
+                return False
+
+        # The endpoint's own queue may still be full of what came before.
+        eventually(is_answered)
     assert proxy.ended()[Outcome.EVICTED] >= 900
 
 
