@@ -18,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,19 +35,24 @@ def port(number: int, *, name: str = "", protocol: str = "TCP", node_port: int =
     return found
 
 
-def service(name: str, ips: str | list[str], ports: list[Object], **spec: Any) -> Object:
-    """A Service; `ips` is its cluster IP, or one of each family."""
+def service(
+    name: str, ips: str | list[str], ports: list[Object], *, ingress: Sequence[str] = (), **spec: Any
+) -> Object:
+    """A Service; `ips` is its cluster IP, or one of each family, and `ingress` are the load balancer's."""
     ips = [ips] if isinstance(ips, str) else ips
-    kind = "NodePort" if any("nodePort" in p for p in ports) else "ClusterIP"
+    kind = "LoadBalancer" if ingress else "NodePort" if any("nodePort" in p for p in ports) else "ClusterIP"
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": name, "namespace": "default"},
         "spec": {"type": kind, "clusterIP": ips[0], "clusterIPs": ips, "ports": ports, **spec},
+        "status": {"loadBalancer": {"ingress": [{"ip": ip} for ip in ingress]}},
     }
 
 
-def endpoints(name: str, addresses: list[str], *, port_name: str = "", protocol: str = "TCP") -> Object:
+def endpoints(
+    name: str, addresses: list[str], *, port_name: str = "", protocol: str = "TCP", ready: bool = True
+) -> Object:
     """An EndpointSlice of `ip:port` addresses, which must agree on port and family; with `[...]` for IPv6."""
     pairs = [address.rpartition(":") for address in addresses]
     ipv6 = bool(pairs) and pairs[0][0].startswith("[")
@@ -59,7 +65,7 @@ def endpoints(name: str, addresses: list[str], *, port_name: str = "", protocol:
             "labels": {"kubernetes.io/service-name": name},
         },
         "addressType": "IPv6" if ipv6 else "IPv4",
-        "endpoints": [{"addresses": [ip.strip("[]")], "conditions": {"ready": True}} for ip, _, _ in pairs],
+        "endpoints": [{"addresses": [ip.strip("[]")], "conditions": {"ready": ready}} for ip, _, _ in pairs],
         "ports": [
             {"name": port_name, "port": int(number), "protocol": protocol} for number in {p for _, _, p in pairs}
         ],
@@ -75,6 +81,7 @@ class Node:
         self.manifests.mkdir(exist_ok=True)
         self._directory = directory
         self._pods: list[Namespace] = []
+        self._outside: list[Namespace] = []
         self._runs = 0
         self.process: subprocess.Popen[str] | None = None
         self.log_file = directory / "log"
@@ -91,8 +98,8 @@ class Node:
             self.process.wait()
         if value is not None and self.log_file.exists():
             sys.stderr.write(self.log_file.read_text())
-        for pod in self._pods:
-            pod.close()
+        for other in (*self._pods, *self._outside):
+            other.close()
         self.net.close()
 
     # -- what is around the proxy
@@ -116,6 +123,17 @@ class Node:
             pod.add_address(there, f"{address}/{mask}")
             pod.run(f"ip -{family} route add default via {ip}")
         return pod
+
+    def outside(self) -> Namespace:
+        """A host of another network, behind a veth pair of its own, that sends everything to the node."""
+        host = Namespace()
+        self._outside.append(host)
+        number = len(self._outside)
+        network, network6 = f"10.{number + 1}.0", f"fd{number + 1:02}:"
+        self.net.connect(host, f"{network}.1/24", f"{network}.2/24", f"{network6}:1/64", f"{network6}:2/64")
+        host.run(f"ip route add default via {network}.1")
+        host.run(f"ip -6 route add default via {network6}:1")
+        return host
 
     def apply(self, *objects: Object, file: str = "all") -> None:
         """Make these the content of one manifest file, in one rename."""
