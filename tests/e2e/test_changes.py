@@ -130,7 +130,7 @@ def test_every_type_of_service_can_become_every_other(node: Node, pod: Namespace
 
 def answer_of_http(client: Namespace, ip: str, number: int) -> bytes:
     """What the web server says to a word it does not understand; quicker than curl to tell that nobody is there."""
-    return answer(client, ip, number, timeout=0.5)
+    return answer(client, ip, number, timeout=0.3)
 
 
 def test_ports_change_their_numbers(node: Node, pod: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Iterator
@@ -86,17 +87,15 @@ def test_a_client_whose_answer_was_lost_goes_on_with_its_port(pod: Namespace) ->
         assert ask(client) == b"a:hi"
 
 
-def test_many_datagrams_keep_a_flow_alive_beyond_the_timeout(node: Node, pod: Namespace) -> None:
+def test_datagrams_keep_a_flow_alive_beyond_the_timeout(pod: Namespace) -> None:
     """The clock runs from the last datagram either way, so a slow answer arrives if the client goes on asking."""
     with connect(pod, SLOW, 53, DATAGRAM, timeout=0.1) as client:
-        got = 0
         for _ in range(15):
             client.send(b"hi")
-            try:
-                got += client.recv(100) == b"a:hi"
-            except TimeoutError:
-                continue
-    assert got
+            with contextlib.suppress(TimeoutError):
+                assert client.recv(100) == b"a:hi"
+                return
+    pytest.fail("no answer arrived")
 
 
 @pytest.mark.parametrize("size", [0, 1, 1472, 1473, 4097, 20_000, LARGEST])
