@@ -31,12 +31,16 @@ def is_local_address(ip: str) -> bool:
 
 
 def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:
-    """This host's addresses within the networks. Blocks for some milliseconds: call it in a thread."""
+    """This host's addresses within the networks. Blocks for some milliseconds: call it in a thread.
+
+    Without IPv6 link-local ones, which mean nothing without their interface and cannot be bound alone.
+    """
     wanted = [ipaddress.ip_network(network) for network in networks]
     with IPRoute() as route:
         found = {str(message.get("address")) for message in route.get_addr()}
     addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found if text != "None"]
-    within = [ip for ip in addresses if any(ip in network for network in wanted)]
+    bindable = [ip for ip in addresses if ip.version == 4 or not ip.is_link_local]
+    within = [ip for ip in bindable if any(ip in network for network in wanted)]
     return tuple(str(ip) for ip in sorted(within, key=lambda ip: (ip.version, ip.packed)))
 
 

@@ -1,0 +1,157 @@
+"""Flags that decide where the proxy listens and who gets in, as clients see them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.client import DATAGRAM, answer, ask, connect
+from tests.e2e.node import Node, endpoints, port, service
+from tests.e2e.programs import await_listener
+from tests.netns import Namespace, eventually
+
+pytestmark = pytest.mark.privileged
+
+ENDPOINT = Path(__file__).with_name("endpoint.py")
+CLUSTER = ["10.96.0.10", "fd00:96::10"]
+FOREIGN = ["198.51.100.7", "2001:db8:7::7"]
+WEB = [
+    service("web", CLUSTER, [port(80, name="t", node_port=30080), port(80, name="u", protocol="UDP", node_port=30080)]),
+    *(
+        endpoints("web", [f"{ip}:8080"], port_name=name, protocol=protocol)
+        for ip in ("10.1.0.2", "[fd01::2]")
+        for name, protocol in (("t", "TCP"), ("u", "UDP"))
+    ),
+]
+WEB[0]["spec"]["externalIPs"] = FOREIGN
+KINDS = {"TCP": 1, "UDP": DATAGRAM}
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with Node(tmp_path) as made:
+        for limit in ("ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"):  # else the seventh refusal of a second is silent
+            made.net.run(f"sh -c 'echo 0 >/proc/sys/net/{limit}'")
+        server = made.pod("10.1.0.2", "fd01::2")
+        server.spawn(f"{sys.executable} {ENDPOINT} a 8080")
+        await_listener(server, 8080)
+        made.apply(*WEB)
+        yield made
+
+
+@pytest.fixture
+def pod(node: Node) -> Namespace:
+    return node.pod("10.1.0.3", "fd01::3")
+
+
+@pytest.fixture
+def outside(node: Node) -> Namespace:
+    """A host of 10.2.0.0/24 and fd02::/64, where the node is 10.2.0.1 and fd02::1."""
+    return node.outside()
+
+
+def is_refused(where: Namespace, ip: str, number: int, kind: int = 1) -> bool:
+    try:
+        with connect(where, ip, number, kind, timeout=2) as client:
+            ask(client)
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
+    return False
+
+
+# Each address of the node, and who may call it.
+NODE_ADDRESSES = [
+    ("10.1.0.1", ("pod", "outside", "node")),
+    ("fd01::1", ("pod", "outside", "node")),
+    ("10.2.0.1", ("pod", "outside", "node")),
+    ("fd02::1", ("pod", "outside", "node")),
+    ("127.0.0.1", ("node",)),
+    ("::1", ("node",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("networks", "served"),
+    [
+        pytest.param("10.2.0.0/24,fd02::/64", {"10.2.0.1", "fd02::1"}, id="one network of each family"),
+        pytest.param("127.0.0.0/8", {"127.0.0.1"}, id="loopback"),
+        pytest.param("::/0", {"fd01::1", "fd02::1", "::1"}, id="one family"),
+        pytest.param("192.0.2.0/24", set(), id="none"),
+        pytest.param("", {ip for ip, _ in NODE_ADDRESSES}, id="all"),
+    ],
+)
+def test_node_ports_on_some_addresses_only(
+    node: Node, pod: Namespace, outside: Namespace, networks: str, served: set[str]
+) -> None:
+    node.start(f"--nodeport-addresses={networks}")
+    clients = {"pod": pod, "outside": outside, "node": node.net}
+    for kind in KINDS.values():
+        for ip, names in NODE_ADDRESSES:
+            for name in names:
+                if ip in served:
+                    assert answer(clients[name], ip, 30080, kind) == b"a:hi", (ip, name)
+                else:
+                    assert is_refused(clients[name], ip, 30080, kind), (ip, name)
+        for ip in CLUSTER:
+            assert answer(pod, ip, 80, kind) == b"a:hi"
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["IPv4", "IPv6"])
+def test_one_bind_address_serves_everybody(node: Node, pod: Namespace, outside: Namespace, family: int) -> None:
+    """The proxy listens on one address of the node, which takes another kind of rule; one family is served then."""
+    bind, loopback = [("10.1.0.1", "127.0.0.1"), ("fd01::1", "::1")][family]
+    node.start(f"--bind-address={bind}")
+    assert "-j DNAT" in node.rules()
+    assert "-j REDIRECT" not in node.rules()
+    for kind in KINDS.values():
+        for client in (pod, outside, node.net):
+            for ip, number in ((CLUSTER[family], 80), (FOREIGN[family], 80), (bind, 30080)):
+                assert answer(client, ip, number, kind) == b"a:hi", (ip, number)
+        assert answer(node.net, loopback, 30080, kind) == b"a:hi"
+    [proxy_port] = set(re.findall(r"-p tcp .*--to-destination .*:(\d+)", node.rules()))
+    assert re.findall(rf" \[?([^ ]*?)\]?:{proxy_port} ", node.net.run("ss -Hlnt")) == [bind]
+
+
+def test_proxy_ports_come_from_their_range(node: Node, pod: Namespace) -> None:
+    node.start("--proxy-port-range=40000-40003")
+    assert sorted(int(number) for number in set(re.findall(r"--to-ports (\d+)", node.rules()))) == [
+        *range(40000, 40004)
+    ]
+    for ip in CLUSTER:
+        for kind in KINDS.values():
+            assert answer(pod, ip, 80, kind) == b"a:hi"
+
+
+def test_a_range_that_is_too_small_serves_as_many_as_it_can(node: Node, pod: Namespace) -> None:
+    second = service("second", "10.96.0.20", [port(80)])
+    node.apply(service("first", "10.96.0.10", [port(80)]), endpoints("first", ["10.1.0.2:8080"]))
+    node.apply(second, endpoints("second", ["10.1.0.2:8080"]), file="second")
+    node.start("--proxy-port-range=40000", "--iptables-sync-period=300ms", "--iptables-min-sync-period=50ms")
+    [up] = [name for name, row in node.rows().items() if row["state"] == "serving"]
+    [down] = [row for row in node.rows().values() if row["state"] == "down"]
+    ips = {"first": "10.96.0.10", "second": "10.96.0.20"}
+    assert answer(pod, ips[up], 80) == b"a:hi"
+    assert "--proxy-port-range" in down["problems"][0]
+    # Once the one goes, the other has its turn by itself.
+    node.apply(file="all" if up == "first" else "second")
+    eventually(lambda: answer(pod, ips[down["name"]], 80, timeout=1) == b"a:hi")
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0", "10.1.0.1"])
+def test_who_connects_to_a_proxy_port_itself_is_reset(
+    node: Node, pod: Namespace, outside: Namespace, bind: str
+) -> None:
+    node.start(f"--bind-address={bind}")
+    proxy_port = re.search(r"-d 10\.96\.0\.10/32 -p tcp .*[ :](\d+)$", node.rules(), re.MULTILINE)
+    assert proxy_port
+    own = {node.net: ["10.1.0.1"] + ["127.0.0.1"] * (bind == "0.0.0.0")}
+    strangers = [(client, ip) for client in (pod, outside, node.net) for ip in own.get(client, ["10.1.0.1"])]
+    for client, ip in strangers:
+        with pytest.raises(ConnectionResetError), connect(client, ip, int(proxy_port[1])) as sock:
+            ask(sock)
+    assert f'outcome="not_captured",port="t",protocol="TCP",service="web"}} {len(strangers)}.0' in node.get("/metrics")
+    assert answer(pod, CLUSTER[0], 80) == b"a:hi"
