@@ -49,9 +49,9 @@ def entries(namespace, family=V4):
     )
 
 
-def flush(namespace, family, *places):
+def flush(namespace, family, *places, proxy_port=0):
     with namespace.entered():
-        return conntrack.flush(family, places)
+        return conntrack.flush(family, dict.fromkeys(places, proxy_port))
 
 
 @pytest.mark.parametrize("family", IPFamily)
@@ -93,6 +93,19 @@ def test_it_is_the_original_destination_that_counts(tracked):
     assert flush(tracked, V4, Place(UDP, "127.0.0.5", 53)) == 1
 
 
+@pytest.mark.parametrize("family", IPFamily)
+def test_entries_that_lead_to_the_right_place_stay(tracked, family):
+    ip, program = HERE[family], {V4: "iptables-legacy", V6: "ip6tables-legacy"}[family]
+    say(tracked, ip, 53, sources=2)
+    tracked.run(f"{program} -t nat -A OUTPUT -d {ip} -p udp -j REDIRECT --to-ports 40001")
+    say(tracked, ip, 53, sources=3)
+    say(tracked, ip, 40001)
+    assert flush(tracked, family, Place(UDP, ip, 53), Place(UDP, ip, 40001), proxy_port=40001) == 3
+    assert entries(tracked, family) == [("udp", ip, "53")] * 3
+    assert flush(tracked, family, Place(UDP, "", 53), proxy_port=40001) == 0
+    assert flush(tracked, family, Place(UDP, "", 53), proxy_port=40002) == 3
+
+
 def test_entries_without_ports_are_passed_over(tracked):
     with tracked.entered(), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as pinger:
         pinger.sendto(bytes.fromhex("0800f7ff00000000"), ("127.0.0.5", 0))
@@ -116,7 +129,7 @@ def test_nothing_to_flush_asks_nobody(node):
 def test_without_permission_it_says_so(tracked):
     program = (
         "import os; from userspace_proxy.capture import conntrack; from userspace_proxy.model import *; "
-        "os.setuid(65534); conntrack.flush(IPFamily.IPV4, [conntrack.Place(Protocol.UDP, '127.0.0.5', 53)])"
+        "os.setuid(65534); conntrack.flush(IPFamily.IPV4, {conntrack.Place(Protocol.UDP, '127.0.0.5', 53): 0})"
     )
     assert "PermissionError: [Errno 1] conntrack over netlink" in tracked.run(
         f'{sys.executable} -c "{program}"', check=False

@@ -69,7 +69,9 @@ class Web(NamedTuple):
             endpoints(self.name, [f"{ip}:9053" for ip in ips], port_name="udp", protocol="UDP"),
             file=self.name,
         )
-        eventually(lambda: f"-d {self.ip6}/128 -p udp" in self.node.rules())
+        # Each family has a worker of its own, and either may be the first.
+        for destination in (f"{self.ip}/32", f"{self.ip6}/128"):
+            eventually(lambda place=destination: f"-d {place} -p udp" in self.node.rules())
         eventually(lambda: len(self.row()["endpoints"]) == servers)
 
     @property

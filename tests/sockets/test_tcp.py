@@ -60,13 +60,12 @@ def test_the_kernel_out_of_descriptors_is_weather(start: Start) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Servers(echo) as endpoint:
         proxy = start(Protocol.TCP, V4, [endpoint.address])
-        with proxy.connect() as client:
-            assert answered(client)
         clients = [socket.socket() for _ in range(5)]
+        spare: list[int] = []
         highest = max(map(int, os.listdir("/proc/self/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
         try:
-            spare = [os.open("/dev/null", os.O_RDONLY)]
+            # Nothing else comes or goes meanwhile: the endpoint, which shares the limit, would not survive it.
             with contextlib.suppress(OSError):
                 while True:
                     spare.append(os.open("/dev/null", os.O_RDONLY))

@@ -2,7 +2,8 @@
 
 Conntrack decides once, at a flow's first packet, where the flow goes. A UDP client that keeps its port
 would therefore be sent to where a portal used to lead for as long as it speaks; deleting the entry makes
-its next datagram pass the rules again.
+its next datagram pass the rules again. An entry that leads to the right place already is left alone: it was
+made by the new rule, and the reply on its way needs it.
 
 One way serves every kernel: dump, let the kernel filter the dump by what all wanted places share (kernels
 before 5.8 ignore the filter), compare here, and delete each match by its whole tuple. Deleting by filter
@@ -16,7 +17,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from userspace_proxy.model import IPFamily, Protocol
@@ -25,10 +26,10 @@ _NETLINK_NETFILTER = 12
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x01, 0x04, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _CT_NEW, _CT_GET, _CT_DELETE = 1 << 8, 1 << 8 | 1, 1 << 8 | 2
-_CTA_TUPLE_ORIG, _CTA_ZONE, _CTA_FILTER = 1, 18, 25
+_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_ZONE, _CTA_FILTER = 1, 2, 18, 25
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
 _CTA_IP_DST = {IPFamily.IPV4: 2, IPFamily.IPV6: 4}
-_CTA_PROTO_NUM, _CTA_PROTO_DST_PORT = 1, 3
+_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
 _CTA_FILTER_ORIG_FLAGS = 1
 _FILTER_PROTO_NUM, _FILTER_DST_PORT = 1 << 3, 1 << 5
 _NESTED = 0x8000
@@ -57,20 +58,23 @@ class _Entry(NamedTuple):
     protocol: int
     destination: bytes
     port: int
+    leads_to: int
+    """The port replies come from: another than `port` where the destination is translated."""
     selector: bytes
     """The attributes that name exactly this entry."""
 
 
-def flush(family: IPFamily, places: Collection[Place]) -> int:
+def flush(family: IPFamily, places: Mapping[Place, int]) -> int:
     """Delete the entries whose original destination is one of these places; say how many.
 
+    `places` tells for each the proxy port that its entries may go on leading to, 0 if there is none.
     Raises OSError, EINVAL in particular where the kernel has no nf_conntrack_netlink.
     """
     if not places:
         return 0
     wanted = {
-        (_PROTOCOL_NUMBER[place.protocol], _packed(family, place.ip) if place.ip else b"", place.port)
-        for place in places
+        (_PROTOCOL_NUMBER[place.protocol], _packed(family, place.ip) if place.ip else b"", place.port): proxy_port
+        for place, proxy_port in places.items()
     }
     local: dict[bytes, bool] = {}
     doomed = []
@@ -78,14 +82,19 @@ def flush(family: IPFamily, places: Collection[Place]) -> int:
         netlink.bind((0, 0))
         netlink.settimeout(10)
         for entry in _dump(netlink, family, wanted):
-            if (entry.protocol, entry.destination, entry.port) in wanted:
-                doomed.append(entry.selector)
-            elif (entry.protocol, b"", entry.port) in wanted:
+            right = wanted.get((entry.protocol, entry.destination, entry.port))
+            if right is None:
+                right = wanted.get((entry.protocol, b"", entry.port))
+                if right is None:
+                    continue
                 # A forwarded flow may have a node port's number; it is none of ours.
                 if entry.destination not in local:
                     local[entry.destination] = _is_local(family, entry.destination)
-                if local[entry.destination]:
-                    doomed.append(entry.selector)
+                if not local[entry.destination]:
+                    continue
+            # Where portal and proxy port have the same number, a translated entry looks like any other.
+            if entry.leads_to != right or right == entry.port:
+                doomed.append(entry.selector)
         for start in range(0, len(doomed), _DELETIONS_AT_ONCE):
             _delete(netlink, family, doomed[start : start + _DELETIONS_AT_ONCE])
     return len(doomed)
@@ -185,11 +194,13 @@ def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _entry(family: IPFamily, body: bytes) -> _Entry | None:
     """The original tuple of an entry; None for one without ports, such as ICMP."""
-    selector = original = b""
+    selector = original = reply = b""
     for kind, content in _attributes(body[4:]):
         if kind == _CTA_TUPLE_ORIG:
             original = content
             selector += _attribute(_NESTED | _CTA_TUPLE_ORIG, content)
+        elif kind == _CTA_TUPLE_REPLY:
+            reply = content
         elif kind == _CTA_ZONE:
             selector += _attribute(_CTA_ZONE, content)
     parts = dict(_attributes(original))
@@ -197,5 +208,7 @@ def _entry(family: IPFamily, body: bytes) -> _Entry | None:
     destination = dict(_attributes(parts.get(_CTA_TUPLE_IP, b""))).get(_CTA_IP_DST[family])
     if destination is None or _CTA_PROTO_DST_PORT not in proto:
         return None
+    answering = dict(_attributes(dict(_attributes(reply)).get(_CTA_TUPLE_PROTO, b"")))
     port = int.from_bytes(proto[_CTA_PROTO_DST_PORT], "big")
-    return _Entry(proto[_CTA_PROTO_NUM][0], destination, port, selector)
+    leads_to = int.from_bytes(answering.get(_CTA_PROTO_SRC_PORT, b""), "big")
+    return _Entry(proto[_CTA_PROTO_NUM][0], destination, port, leads_to, selector)

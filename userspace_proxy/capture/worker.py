@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
@@ -76,7 +76,7 @@ class FamilyCapture:
             repaired = 0
         changed, unchanged = wanted ^ self._captured, wanted == self._captured
         self._captured = wanted
-        self._stale |= _places(changed, Protocol.UDP)
+        self._stale |= _places(changed, Protocol.UDP).keys()
         # Unchanged redirects are what the periodic sync brings: time to look at every address again.
         notes = self._route(thoroughly=unchanged)
         notes += self._flush_stale()
@@ -104,7 +104,7 @@ class FamilyCapture:
                 problems.append(str(error))
         problems += self._routes.serve(())
         self._routes.close()
-        notes = _flush(self._scope.family, self._stale | _places(self._captured))
+        notes = _flush(self._scope.family, dict.fromkeys(self._stale | _places(self._captured).keys(), 0))
         return Reply(notes=tuple(notes), error="; ".join(problems))
 
     def _make(self, wanted: Ruleset, only: str = "") -> int:
@@ -139,22 +139,24 @@ class FamilyCapture:
         return self._routes.serve(served)
 
     def _flush_stale(self) -> list[str]:
-        notes = _flush(self._scope.family, {place for place in self._stale if place.protocol is Protocol.UDP})
+        right = _places(self._captured, Protocol.UDP) if self._stale else {}
+        stale = {place: right.get(place, 0) for place in self._stale if place.protocol is Protocol.UDP}
+        notes = _flush(self._scope.family, stale)
         if not notes:
             self._stale.clear()
         return notes
 
 
-def _places(redirects: Iterable[Redirect], *protocols: Protocol) -> set[Place]:
-    portals = (redirect.portal for redirect in redirects)
+def _places(redirects: Iterable[Redirect], *protocols: Protocol) -> dict[Place, int]:
+    """Where redirects take hold, and the proxy port they lead to."""
     return {
-        Place(portal.protocol, portal.ip, portal.port)
-        for portal in portals
-        if not protocols or portal.protocol in protocols
+        Place(redirect.portal.protocol, redirect.portal.ip, redirect.portal.port): redirect.proxy_port
+        for redirect in redirects
+        if not protocols or redirect.portal.protocol in protocols
     }
 
 
-def _flush(family: IPFamily, places: set[Place]) -> list[str]:
+def _flush(family: IPFamily, places: Mapping[Place, int]) -> list[str]:
     try:
         conntrack.flush(family, places)
     except OSError as error:
@@ -179,7 +181,7 @@ def clean_up(family: IPFamily) -> Reply:
     routes = Routes(family)
     problems += routes.serve(())
     routes.close()
-    return Reply(notes=tuple(_flush(family, places)), error="; ".join(problems))
+    return Reply(notes=tuple(_flush(family, dict.fromkeys(places, 0))), error="; ".join(problems))
 
 
 class Worker:
