@@ -35,6 +35,7 @@ class ProxyThread:
         endpoints: Sequence[tuple[str, int]],
         *,
         affinity: SessionAffinity = SessionAffinity.NONE,
+        max_ejection: float = 0.0,
         splice: bool = True,
         half_close_timeout: float = 300.0,
         idle_timeout: float = 0.25,
@@ -46,7 +47,7 @@ class ProxyThread:
         self.metrics = Metrics()
         self.counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
         self.descriptors = Descriptors(descriptors)
-        self.balancer = LoadBalancer(time.monotonic, random.Random(1), affinity, 10800.0)
+        self.balancer = LoadBalancer(time.monotonic, random.Random(1), affinity, 10800.0, max_ejection=max_ejection)
         self.balancer.update([Endpoint(ip, port) for ip, port in endpoints])
         self.loop = loop_factory()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -162,9 +163,9 @@ def eventually(holds: Callable[[], bool], message: Callable[[], str] = lambda: "
         time.sleep(0.01)
 
 
-def listener(family: IPFamily = IPFamily.IPV4, kind: int = socket.SOCK_STREAM) -> socket.socket:
+def listener(family: IPFamily = IPFamily.IPV4, kind: int = socket.SOCK_STREAM, port: int = 0) -> socket.socket:
     sock = socket.socket(AF[family], kind)
-    sock.bind((family.loopback, 0))
+    sock.bind((family.loopback, port))
     sock.settimeout(10)
     if kind == socket.SOCK_STREAM:
         sock.listen(512)
@@ -201,8 +202,10 @@ def black_hole(family: IPFamily = IPFamily.IPV4) -> Iterator[tuple[str, int]]:
 class Servers:
     """Endpoints that answer each connection by a function, each in a thread of its own."""
 
-    def __init__(self, answer: Callable[[socket.socket], None], family: IPFamily = IPFamily.IPV4) -> None:
-        self._listener = listener(family)
+    def __init__(
+        self, answer: Callable[[socket.socket], None], family: IPFamily = IPFamily.IPV4, port: int = 0
+    ) -> None:
+        self._listener = listener(family, port=port)
         self._listener.settimeout(None)
         self._answer = answer
         self.address = address(self._listener)

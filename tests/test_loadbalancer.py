@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from userspace_proxy.exceptions import NoEndpoints, UserspaceProxyError
-from userspace_proxy.loadbalancer import Address, LoadBalancer
-from userspace_proxy.model import DEFAULT_AFFINITY_TIMEOUT, Endpoint, SessionAffinity
+from userspace_proxy.loadbalancer import LoadBalancer
+from userspace_proxy.model import DEFAULT_AFFINITY_TIMEOUT, Address, Endpoint, SessionAffinity
 
 CLIENT_IP = SessionAffinity.CLIENT_IP
 ONE, TWO, THREE, FOUR, FIVE = (Endpoint(f"10.0.0.{n}", 8000 + n) for n in range(1, 6))
@@ -37,9 +37,12 @@ class Balancer(LoadBalancer):
         affinity: SessionAffinity = SessionAffinity.NONE,
         timeout: float = DEFAULT_AFFINITY_TIMEOUT,
         max_clients: int = 100,
+        max_ejection: float = 0.0,
     ) -> None:
         self.clock = Clock()
-        super().__init__(self.clock, random.Random(5), affinity, timeout, max_clients=max_clients)
+        super().__init__(
+            self.clock, random.Random(5), affinity, timeout, max_clients=max_clients, max_ejection=max_ejection
+        )
         self.update(endpoints)
 
     def cycle(self, turns: int, client_ip: str = ALICE) -> list[Address]:
@@ -315,6 +318,60 @@ class TestAffinity:
         assert balancer.affinity_hits == hits + 3
         balancer.pick(BOB)
         assert balancer.affinity_hits == hits + 3
+
+
+class TestEjection:
+    def test_the_ejected_lose_their_turns_and_the_others_keep_theirs(self) -> None:
+        balancer = Balancer(ONE, TWO, THREE, max_ejection=10)
+        dead = balancer.endpoints[1]
+        assert balancer.failed(dead)
+        assert set(balancer.ejected) == {dead}
+        alive = [address for address in balancer.endpoints if address != dead]
+        assert balancer.cycle(6) == alive * 3
+        assert balancer.succeeded(dead)
+        assert set(balancer.cycle(3)) == set(balancer.endpoints)
+        assert balancer.ejections == 1
+
+    def test_a_single_client_probes(self) -> None:
+        balancer = Balancer(ONE, TWO, THREE, max_ejection=10)
+        dead = balancer.endpoints[0]
+        balancer.failed(dead)
+        balancer.clock.now += 1
+        assert balancer.cycle(12).count(dead) == 1
+
+    def test_a_retry_tries_the_ejected_before_any_other_twice(self) -> None:
+        balancer = Balancer(ONE, TWO, THREE, max_ejection=10)
+        first, second, third = balancer.endpoints
+        balancer.failed(first)
+        balancer.failed(second)
+        assert balancer.pick(ALICE) == third
+        assert balancer.pick(ALICE, [third]) in (first, second)
+        assert balancer.pick(ALICE, [third, first]) == second
+        assert balancer.pick(ALICE, [third, first, second]) in balancer.endpoints
+
+    def test_a_pinned_client_moves_only_after_a_failure_of_its_own(self) -> None:
+        balancer = Balancer(ONE, TWO, THREE, affinity=CLIENT_IP, max_ejection=10)
+        pinned = balancer.pick(ALICE)
+        balancer.failed(pinned)
+        assert balancer.pick(ALICE) == pinned
+        assert pinned not in {balancer.pick(client) for client in (BOB, CAROL, DAVE)}
+        moved = balancer.pick(ALICE, [pinned])
+        assert moved != pinned
+        assert balancer.pick(ALICE) == moved
+
+    def test_an_update_forgets_those_that_left_and_never_leaves_all_out(self) -> None:
+        balancer = Balancer(ONE, TWO, THREE, max_ejection=10)
+        balancer.failed(ONE.address)
+        balancer.failed(TWO.address)
+        balancer.update([ONE, FOUR])
+        assert set(balancer.ejected) == {ONE.address}
+        balancer.update([ONE])
+        assert not balancer.ejected
+
+    def test_strict_round_robin_without_it(self) -> None:
+        balancer = Balancer(ONE, TWO, THREE)
+        assert not balancer.failed(ONE.address)
+        assert tuple(balancer.cycle(6)) == balancer.endpoints * 2
 
 
 class Model(RuleBasedStateMachine):

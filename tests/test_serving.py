@@ -46,6 +46,7 @@ def serving(*, networks: tuple[str, ...] = (), strangers: bool = False) -> Itera
         port_range=PortRange(20000, 29999),
         nodeport_networks=networks,
         strangers=strangers,
+        max_ejection=10.0,
         clock=time.monotonic,
         rng=random.Random(3),
     )

@@ -100,6 +100,7 @@ class App:
             nodeport_networks=config.nodeport_addresses,
             sync_period=config.iptables_sync_period,
             min_sync_period=config.iptables_min_sync_period,
+            max_ejection=config.max_ejection_time,
             after_sync=self._fit_descriptors,
         )
 

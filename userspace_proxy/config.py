@@ -205,6 +205,17 @@ class Config:
             "Then both are reset.",
         ),
     )
+    max_ejection_time: float = field(
+        default=10.0,
+        metadata=_flag(
+            "max-ejection-time",
+            duration("10s", least="0s"),
+            _RELAY,
+            "How long an endpoint that could not be dialled is passed over at most: one second at first, then twice "
+            "as long each time a single client's attempt shows that it is still dead. 0 passes over none: strict "
+            "round robin over all endpoints, whether they answer or not.",
+        ),
+    )
     splice: bool = field(
         default=True,
         metadata=_flag(

@@ -2,8 +2,8 @@
 
 What affects the choice is in here and nothing else is: the usable endpoints in their order, whose turn it
 is, and which client is pinned to which endpoint. Which endpoints a Service has is decided in `sources`,
-which of them would lead back to us in `plan`, and how a failed dial is met in `sockets`, which asks again
-with what it has tried.
+which of them would lead back to us in `plan`, how long one that cannot be dialled is passed over in `ejection`,
+and how a failed dial is met in `sockets`, which asks again with what it has tried.
 
 No lock: everything runs on the event loop's thread. `pick` is called for every connection and flow, so
 it costs the same however many endpoints and clients there are.
@@ -15,20 +15,19 @@ import typing
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 
+from userspace_proxy.ejection import Ejections
 from userspace_proxy.exceptions import NoEndpoints
-from userspace_proxy.model import DEFAULT_AFFINITY_TIMEOUT, Endpoint, SessionAffinity
-
-Address = tuple[str, int]
-"""An endpoint as socket calls take it."""
+from userspace_proxy.model import DEFAULT_AFFINITY_TIMEOUT, Address, Endpoint, SessionAffinity
 
 MAX_CLIENTS = 65_536
 """Clients remembered by one service port: some 15 MB at worst, whoever sends the traffic."""
 
 
-class Shuffler(typing.Protocol):
+class Randomness(typing.Protocol):
     """What is wanted of a `random.Random`."""
 
     def shuffle(self, x: list[Address], /) -> None: ...
+    def random(self) -> float: ...
 
 
 class _Pin:
@@ -46,6 +45,7 @@ class LoadBalancer:
 
     __slots__ = (
         "_clock",
+        "_ejections",
         "_index",
         "_known",
         "_max_clients",
@@ -53,6 +53,7 @@ class LoadBalancer:
         "_rng",
         "_timeout",
         "affinity_hits",
+        "ejected",
         "endpoints",
         "generation",
     )
@@ -60,12 +61,14 @@ class LoadBalancer:
     def __init__(
         self,
         clock: Callable[[], float],
-        rng: Shuffler,
+        rng: Randomness,
         affinity: SessionAffinity = SessionAffinity.NONE,
         affinity_timeout: float = DEFAULT_AFFINITY_TIMEOUT,
         *,
+        max_ejection: float = 0.0,
         max_clients: int = MAX_CLIENTS,
     ) -> None:
+        """`affinity_timeout` and `max_ejection` are in seconds; without the latter nothing is ejected."""
         self._clock = clock
         self._rng = rng
         self._max_clients = max_clients
@@ -77,6 +80,9 @@ class LoadBalancer:
         """Counts the changes of the set of endpoints: while it is the same, no endpoint has left."""
         self.affinity_hits = 0
         """Picks that were decided by affinity."""
+        self._ejections = Ejections(clock, rng, max_ejection)
+        self.ejected: Collection[Address] = self._ejections.out
+        """Endpoints passed over for now; always the same object, and empty while all is well."""
         # None without affinity. The least recently used comes first, and as all pins live equally long,
         # so does the next to expire. A plain dict keeps that order too, but finding its first key gets
         # slow once many before it were deleted, which is what a full table does all the time.
@@ -88,6 +94,11 @@ class LoadBalancer:
         """Clients that are remembered now; some may have expired since the last `purge`."""
         return len(self._pins) if self._pins is not None else 0
 
+    @property
+    def ejections(self) -> int:
+        """How often an endpoint was ejected."""
+        return self._ejections.count
+
     def has(self, address: Address) -> bool:
         """Whether clients are still sent to this endpoint."""
         return address in self._known
@@ -97,6 +108,9 @@ class LoadBalancer:
 
         A retry names what it has `tried`: these are passed over while others remain, and affinity is
         overridden, because it may be what led to the dead endpoint; the client is pinned anew.
+
+        Ejected endpoints are passed over as well, but still come before those that were tried. A client that is
+        pinned to one goes there all the same: only its own dial can tell that it has to move.
 
         Raises NoEndpoints.
         """
@@ -121,17 +135,34 @@ class LoadBalancer:
 
     def _next(self, tried: Collection[Address]) -> Address:
         endpoints = self.endpoints
-        count = len(endpoints)
-        if not count:
+        if not endpoints:
             raise NoEndpoints("no endpoint is ready, and none is serving while it terminates; wait for one, or add one")
-        index = self._index
-        if tried:
-            for turn in range(index, index + count):
-                if endpoints[turn % count] not in tried:
-                    index = turn % count
-                    break
-        self._index = index + 1 if index + 1 < count else 0
+        index = self._choose(tried) if tried or self.ejected else self._index
+        self._index = index + 1 if index + 1 < len(endpoints) else 0
         return endpoints[index]
+
+    def _choose(self, tried: Collection[Address]) -> int:
+        """Whose turn it is once some are passed over: the best kind there is, and the first in turn among those."""
+        endpoints = self.endpoints
+        count = len(endpoints)
+        untried = None
+        for turn in range(self._index, self._index + count):
+            index = turn % count
+            if endpoints[index] in tried:
+                continue
+            if not self._ejections.passes_over(endpoints[index]):
+                return index
+            if untried is None:
+                untried = index
+        return self._index if untried is None else untried
+
+    def failed(self, address: Address) -> bool:
+        """A dial to this endpoint failed: it may be ejected. Whether that is news."""
+        return self._ejections.failed(address, self._known)
+
+    def succeeded(self, address: Address) -> bool:
+        """A dial to this endpoint succeeded: it is not ejected any more. Whether that is news."""
+        return self._ejections.succeeded(address)
 
     def update(self, endpoints: Sequence[Endpoint]) -> bool:
         """Take over the service port's endpoints, all of them; say whether the usable set changed.
@@ -150,6 +181,7 @@ class LoadBalancer:
         self._rng.shuffle(order)
         self.endpoints = tuple(order)
         self._known = known
+        self._ejections.keep(known)
         self._index = 0
         self.generation += 1
         if self._pins:

@@ -61,6 +61,8 @@ class ServicePortMetrics:
         "dial_failures",
         "dials",
         "drops",
+        "ejected",
+        "ejections",
         "ended",
         "opened",
         "received",
@@ -84,6 +86,9 @@ class ServicePortMetrics:
         self.drops: defaultdict[str, int] = defaultdict(int)
         """Datagrams not passed on, by errno name or reason."""
         self.affinity_hits: Callable[[], int] = int
+        self.ejected: Callable[[], int] = int
+        """Endpoints passed over now, because dials to them failed."""
+        self.ejections: Callable[[], int] = int
 
 
 def errno_name(number: int) -> str:
@@ -165,6 +170,8 @@ class Metrics:
             families["bytes"].add_metric([*labels, "to_client"], counts.to_client)
             families["dials"].add_metric(labels, counts.dials)
             families["affinity"].add_metric(labels, counts.affinity_hits())
+            families["ejected"].add_metric(labels, counts.ejected())
+            families["ejections"].add_metric(labels, counts.ejections())
             for outcome, count in counts.ended.items():
                 families["ended"].add_metric([*labels, outcome.value], count)
             for number, count in counts.dial_failures.items():
@@ -211,6 +218,10 @@ def _families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
         "drops": CounterMetricFamily(
             prefix + "datagrams_dropped", "Datagrams not passed on, by reason.", labels=[*labels, "reason"]
         ),
+        "ejected": GaugeMetricFamily(
+            prefix + "endpoints_ejected", "Endpoints passed over now, as dials to them failed.", labels=labels
+        ),
+        "ejections": CounterMetricFamily(prefix + "ejections", "Times an endpoint was ejected.", labels=labels),
         "affinity": CounterMetricFamily(
             prefix + "affinity_hits", "Picks that followed a client's affinity.", labels=labels
         ),

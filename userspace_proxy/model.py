@@ -151,6 +151,10 @@ class ServicePort:
         return tuple(portals)
 
 
+Address = tuple[str, int]
+"""An endpoint as socket calls take it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One address a service port's clients may be sent to."""
@@ -162,7 +166,7 @@ class Endpoint:
     terminating: bool = False
 
     @property
-    def address(self) -> tuple[str, int]:
+    def address(self) -> Address:
         return self.ip, self.port
 
     def __str__(self) -> str:

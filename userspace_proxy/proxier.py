@@ -77,6 +77,7 @@ class Proxier:
         nodeport_networks: Sequence[str] = (),
         sync_period: float = 30.0,
         min_sync_period: float = 1.0,
+        max_ejection: float = 0.0,
         after_sync: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -101,6 +102,7 @@ class Proxier:
             port_range=port_range,
             nodeport_networks=nodeport_networks,
             strangers=not capture.rewrites_destination,
+            max_ejection=max_ejection,
             clock=clock,
             rng=rng or random.Random(),
         )

@@ -95,6 +95,7 @@ class Serving:
         port_range: PortRange,
         nodeport_networks: Sequence[str],
         strangers: bool,
+        max_ejection: float,
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
@@ -106,6 +107,7 @@ class Serving:
         self._bind = bind
         self._nodeport_networks = nodeport_networks
         self._strangers = strangers
+        self._max_ejection = max_ejection
         self._clock = clock
         self._rng = rng
         self._proxy_ports = ProxyPorts(port_range, rng)
@@ -175,7 +177,9 @@ class Serving:
     def open(self, key: SocketKey, service: ServicePort, snapshot: Snapshot, avoid: Collection[int]) -> bool:
         """Open a proxy socket on a port that is not to be avoided; the balancer has its endpoints before."""
         protocol = service.protocol
-        balancer = LoadBalancer(self._clock, self._rng, service.affinity, service.affinity_timeout)
+        balancer = LoadBalancer(
+            self._clock, self._rng, service.affinity, service.affinity_timeout, max_ejection=self._max_ejection
+        )
         metrics = self._metrics.service_port(key, protocol.value)
         reason = "every port of the range is taken by a service port"
         for _, port in zip(range(TRIES), self._proxy_ports.candidates(avoid), strict=False):
@@ -191,6 +195,8 @@ class Serving:
             return False
         self._proxy_ports.take(proxy_socket.port)
         metrics.affinity_hits = lambda: balancer.affinity_hits
+        metrics.ejected = lambda: len(balancer.ejected)
+        metrics.ejections = lambda: balancer.ejections
         served = self.served[key] = Served(service, proxy_socket, balancer)
         self._keys[key.name].append(key)
         proxy_socket.admit(None if self._strangers else ())
@@ -289,6 +295,7 @@ def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: 
         "proxyPort": served.socket.port if served else 0,
         "affinity": service.affinity.value,
         "endpoints": [join_host_port(*address) for address in endpoints],
+        "ejected": [join_host_port(*address) for address in served.balancer.ejected] if served else [],
         "state": ("serving" if endpoints else "refusing") if served else "down",
         "problems": list(problems),
     }

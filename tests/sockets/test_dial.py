@@ -59,6 +59,49 @@ def test_a_black_hole_costs_one_step_of_the_ladder_and_only_its_own_client(start
         assert proxy.counts.dial_failures[errno.ETIMEDOUT] == 3
 
 
+def test_a_dead_endpoint_is_met_once_and_then_passed_over(start: Start, family: IPFamily) -> None:
+    with Servers(echo, family) as alive:
+        proxy = start(Protocol.TCP, family, [closed_port(family), alive.address], max_ejection=10.0)
+        for _ in range(10):
+            with proxy.connect() as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+        assert proxy.counts.dial_failures[errno.ECONNREFUSED] == 1
+        assert proxy.balancer.ejections == 1
+
+
+def test_an_endpoint_that_comes_back_is_found_by_a_probe(start: Start) -> None:
+    place = closed_port()
+    with Servers(echo) as alive:
+        proxy = start(Protocol.TCP, V4, [place, alive.address], max_ejection=0.2)
+
+        def answered() -> bool:
+            with proxy.connect() as client:
+                client.sendall(b"x")
+                return client.recv(1) == b"x"
+
+        while not proxy.balancer.ejected:
+            assert answered()
+        with Servers(echo, port=place[1]):
+            eventually(lambda: answered() and not proxy.balancer.ejected)
+            assert all(answered() for _ in range(4))
+
+
+def test_a_want_of_our_own_ejects_nobody(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Servers(echo) as one, Servers(echo) as other:
+        proxy = start(Protocol.TCP, V4, [one.address, other.address], max_ejection=10.0)
+
+        def exhausted(_dial: dial.Dial) -> socket.socket:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dial.Dial, "_connect", exhausted)
+            with pytest.raises(ConnectionResetError), proxy.connect() as client:
+                client.recv(1)
+        assert proxy.counts.dial_failures == {errno.EMFILE: len(dial.LADDER)}
+        assert not proxy.balancer.ejected
+
+
 def test_all_dead_is_a_reset(start: Start, family: IPFamily) -> None:
     proxy = start(Protocol.TCP, family, [closed_port(family), closed_port(family)])
     with pytest.raises(ConnectionResetError), proxy.connect() as client:

@@ -135,6 +135,28 @@ def test_a_flow_leaves_an_endpoint_that_refuses_while_there_is_another(start: St
     assert proxy.counts.opened == 1
 
 
+def test_new_flows_pass_over_an_endpoint_that_refused_until_a_probe_is_answered(start: Start, echo4: Echo) -> None:
+    dead = listener(kind=socket.SOCK_DGRAM)
+    where = address(dead)
+    dead.close()
+    proxy = start(Protocol.UDP, V4, [where, echo4.address], idle_timeout=30, max_ejection=0.5)
+
+    def asked() -> bool:
+        with client_of(proxy) as client:
+            client.settimeout(0.3)
+            try:
+                return ask(client) == b"hi"
+            except TimeoutError:
+                return False
+
+    while not proxy.balancer.ejected:
+        asked()
+    assert all(asked() for _ in range(4))
+    back = Echo(where=where)
+    eventually(lambda: asked() and not proxy.balancer.ejected)
+    back.stop()
+
+
 def test_a_flow_moves_when_its_endpoint_is_removed(start: Start, echo4: Echo) -> None:
     gone = listener(kind=socket.SOCK_DGRAM)
     proxy = start(Protocol.UDP, V4, [address(gone)], idle_timeout=30)

@@ -15,8 +15,9 @@ from socket import SocketType
 
 from userspace_proxy.exceptions import NoEndpoints
 from userspace_proxy.host import ephemeral_ports
-from userspace_proxy.loadbalancer import Address, LoadBalancer
+from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
+from userspace_proxy.model import Address
 from userspace_proxy.poller import ERR, HUP, OUT, Poller, Timer
 from userspace_proxy.sockets.relay import ABORT_ON_CLOSE
 
@@ -27,6 +28,10 @@ KEEPALIVE = 15
 """Seconds of silence before the first probe, and between probes."""
 
 _CONNECTING = (0, errno.EINPROGRESS)
+_WANTS_OF_OURS = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+)
+"""Failures that say nothing about the endpoint: no descriptor, memory or source port is left."""
 _FIRST_SOURCE_PORT, _LAST_SOURCE_PORT = ephemeral_ports()
 
 
@@ -91,7 +96,7 @@ class Dial:
             try:
                 sock = self._connect()
             except OSError as error:
-                self._metrics.dial_failures[error.errno or errno.EIO] += 1
+                self._note_failure(error.errno or errno.EIO)
                 continue
             self._sock = sock
             self._poller.register(sock, self)
@@ -121,6 +126,8 @@ class Dial:
         self._sock = None
         if self._timer is not None:
             self._timer.cancel()
+        if self._balancer.ejected:
+            self._balancer.succeeded(self.endpoint)
         self._on_connected(self, sock, events)
 
     def _connect(self) -> SocketType:
@@ -148,9 +155,14 @@ class Dial:
         return local == self.endpoint
 
     def _fail(self, number: int) -> None:
-        self._metrics.dial_failures[number] += 1
+        self._note_failure(number)
         self._drop_attempt()
         self.start()
+
+    def _note_failure(self, number: int) -> None:
+        self._metrics.dial_failures[number] += 1
+        if number not in _WANTS_OF_OURS:
+            self._balancer.failed(self.endpoint)
 
     def _time_out(self) -> None:
         self._fail(errno.ETIMEDOUT)

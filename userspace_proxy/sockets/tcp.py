@@ -18,9 +18,9 @@ from collections.abc import Callable, Collection
 from socket import SocketType
 
 from userspace_proxy.exceptions import PortError
-from userspace_proxy.loadbalancer import Address, LoadBalancer
+from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
-from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.model import Address, IPFamily, Portal, Protocol, SocketKey, join_host_port
 from userspace_proxy.poller import EDGE_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind
 from userspace_proxy.sockets.dial import Dial, set_keepalive

@@ -22,9 +22,9 @@ from collections.abc import Callable, Collection
 from socket import SocketType
 
 from userspace_proxy.exceptions import NoEndpoints
-from userspace_proxy.loadbalancer import Address, LoadBalancer
+from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics, errno_name
-from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.model import Address, IPFamily, Portal, Protocol, SocketKey, join_host_port
 from userspace_proxy.poller import LEVEL_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind, claim
 
@@ -95,9 +95,10 @@ class Flow:
             return
         except OSError as error:
             # ICMP about an earlier datagram, delivered here. The flow lives on: the next datagram decides.
-            self.refused = True
-            self.owner.metrics.dial_failures[error.errno or 0] += 1
+            self.owner.note_refusal(self, error.errno or 0)
             return
+        if not self.replied and self.owner.balancer.ejected:
+            self.owner.balancer.succeeded(self.endpoint)
         self.last = self.owner.shared.poller.clock()
         self.replied += 1
         self.owner.reply(self, size)
@@ -344,8 +345,7 @@ class UDPSocket:
             except ConnectionRefusedError:
                 # Old news: the kernel tells of an earlier datagram and has not sent this one. It goes to another
                 # endpoint if there is one, else to the same once more.
-                self.metrics.dial_failures[errno.ECONNREFUSED] += 1
-                flow.refused = True
+                self.note_refusal(flow, errno.ECONNREFUSED)
                 if not self._settle(flow):
                     return
             except OSError as error:
@@ -357,6 +357,12 @@ class UDPSocket:
                 self.metrics.to_endpoint += size
                 return
         self.metrics.drops["ECONNREFUSED"] += 1
+
+    def note_refusal(self, flow: Flow, number: int) -> None:
+        """The flow's endpoint is not there: this flow looks for another, and new ones pass it over for a while."""
+        flow.refused = True
+        self.metrics.dial_failures[number] += 1
+        self.balancer.failed(flow.endpoint)
 
     def _settle(self, flow: Flow) -> bool:
         """Give the flow an endpoint that exists, and is not known to refuse while there are others."""
