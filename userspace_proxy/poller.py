@@ -8,8 +8,8 @@ The discipline of edge triggering is the watchers': read until the kernel has no
 read on a stream), and remember what is blocked on what. What the poller adds is that a descriptor closed
 during a batch keeps its number until the batch is over, so that no event meets a stranger.
 
-Timers are here too, because dials and flows need thousands that are nearly always cancelled: a heap with
-one loop timer for its top. What is read and written is in `sockets`.
+Timers are here too, on the same clock: few, for sweeps and the heads of queues, and never cancelled. What is read
+and written is in `sockets`.
 """
 
 from __future__ import annotations
@@ -50,18 +50,6 @@ class Watcher(typing.Protocol):
         """Called with epoll's event mask. Events may be spurious, so nothing may be concluded from them alone."""
 
 
-class Timer:
-    """One pending call; `cancel` is cheap, its place in the heap is reclaimed when its time comes."""
-
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
 class Poller:
     """All methods are for the loop's own thread."""
 
@@ -73,7 +61,7 @@ class Poller:
         self._doomed: list[SocketType] = []
         self._again: deque[Callable[[], None]] = deque()
         self._draining = False
-        self._timers: list[tuple[float, int, Timer]] = []
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = float("inf")
@@ -160,13 +148,11 @@ class Poller:
 
     # -- timers
 
-    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
         """Call back at `when` (of `clock`), up to a few milliseconds late."""
-        timer = Timer(callback)
-        heapq.heappush(self._timers, (when, next(self._sequence), timer))
+        heapq.heappush(self._timers, (when, next(self._sequence), callback))
         if when < self._alarm_at:
             self._set_alarm(when)
-        return timer
 
     def _set_alarm(self, when: float) -> None:
         if self._alarm is not None:
@@ -179,16 +165,12 @@ class Poller:
         self._alarm_at = float("inf")
         now = self.clock()
         timers = self._timers
-        while timers:
-            when, _, timer = timers[0]
-            if timer.callback is not None and when > now:
-                break
-            heapq.heappop(timers)
-            if timer.callback is not None:
-                try:
-                    timer.callback()
-                except Exception:
-                    logger.exception("a timer failed")
+        while timers and timers[0][0] <= now:
+            _, _, callback = heapq.heappop(timers)
+            try:
+                callback()
+            except Exception:
+                logger.exception("a timer failed")
         if timers and timers[0][0] < self._alarm_at:
             self._set_alarm(timers[0][0])
 

@@ -92,6 +92,20 @@ def test_a_server_that_speaks_first(start: Start, family: IPFamily) -> None:
         assert read_exactly(client, 9) == b"220 ready"
 
 
+def test_the_end_of_file_travels_with_the_last_bytes(start: Start, family: IPFamily) -> None:
+    """One segment where two would cost another way through the network stack, and the client another wake-up."""
+
+    def last_words(sock: socket.socket) -> None:
+        sock.send(b"bye", socket.MSG_MORE)
+
+    with Servers(last_words, family) as endpoint:
+        proxy = start(Protocol.TCP, family, [endpoint.address])
+        with proxy.connect() as client:
+            assert read_all(client) == b"bye"
+            (received,) = struct.unpack_from("=I", client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 140)
+            assert received == 2  # the handshake's, and this one
+
+
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 @pytest.mark.parametrize("first", ["client", "endpoint"])
 def test_half_close_lets_the_other_side_go_on(start: Start, first: str, splice: bool) -> None:

@@ -18,7 +18,7 @@ from userspace_proxy.host import ephemeral_ports
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import Address
-from userspace_proxy.poller import ERR, HUP, OUT, Poller, Timer
+from userspace_proxy.poller import ERR, HUP, OUT, Poller
 from userspace_proxy.sockets.relay import ABORT_ON_CLOSE
 
 LADDER = (0.25, 0.5, 1.0, 2.0)
@@ -35,79 +35,78 @@ _WANTS_OF_OURS = frozenset(
 _FIRST_SOURCE_PORT, _LAST_SOURCE_PORT = ephemeral_ports()
 
 
-class Dial:
-    """One client on its way to an endpoint. Exactly one of `on_connected` and `on_failed` is called, once."""
+class Dialer:
+    """What all dials of a service port have in common, and who is told how each ended."""
 
-    __slots__ = (
-        "_attempt",
-        "_balancer",
-        "_client_ip",
-        "_family",
-        "_metrics",
-        "_on_connected",
-        "_on_failed",
-        "_poller",
-        "_sock",
-        "_timer",
-        "_tried",
-        "client",
-        "endpoint",
-        "since",
-    )
+    __slots__ = ("balancer", "expect", "family", "metrics", "on_connected", "on_failed", "poller")
 
     def __init__(
         self,
-        client: SocketType,
-        client_ip: str,
         family: int,
         balancer: LoadBalancer,
         poller: Poller,
         metrics: ServicePortMetrics,
+        expect: Callable[[Dial], None],
         on_connected: Callable[[Dial, SocketType, int], None],
         on_failed: Callable[[Dial, Outcome], None],
     ) -> None:
+        self.family = family
+        self.balancer = balancer
+        self.poller = poller
+        self.metrics = metrics
+        self.expect = expect
+        """Told of each attempt that waits for an answer: `time_out` is to be called at its `deadline`."""
+        self.on_connected = on_connected
+        self.on_failed = on_failed
+
+
+class Dial:
+    """One client on its way to an endpoint. Exactly one of `on_connected` and `on_failed` is called, once."""
+
+    __slots__ = ("_attempts", "_client_ip", "_dialer", "_sock", "_tried", "client", "deadline", "endpoint", "since")
+
+    def __init__(self, dialer: Dialer, client: SocketType, client_ip: str) -> None:
         self.client = client
-        self.since = poller.clock()
+        self.since = dialer.poller.clock()
+        self.deadline = 0.0
+        """Of the attempt under way, on the poller's clock."""
         self.endpoint: Address = ("", 0)
+        self._dialer = dialer
         self._client_ip = client_ip
-        self._family = family
-        self._balancer = balancer
-        self._poller = poller
-        self._metrics = metrics
-        self._on_connected = on_connected
-        self._on_failed = on_failed
-        self._attempt = 0
+        self._attempts = 0
         self._tried: tuple[Address, ...] = ()
         self._sock: SocketType | None = None
-        self._timer: Timer | None = None
+        """Of the attempt under way."""
 
     def start(self) -> None:
         """Go up the ladder until an attempt is under way."""
-        while self._attempt < len(LADDER):
+        dialer = self._dialer
+        while self._attempts < len(LADDER):
             try:
-                self.endpoint = self._balancer.pick(self._client_ip, self._tried)
+                self.endpoint = dialer.balancer.pick(self._client_ip, self._tried)
             except NoEndpoints:
-                self._on_failed(self, Outcome.DIAL_FAILED if self._tried else Outcome.NO_ENDPOINTS)
+                dialer.on_failed(self, Outcome.DIAL_FAILED if self._tried else Outcome.NO_ENDPOINTS)
                 return
             self._tried += (self.endpoint,)
-            patience = LADDER[self._attempt]
-            self._attempt += 1
-            self._metrics.dials += 1
+            patience = LADDER[self._attempts]
+            self._attempts += 1
+            dialer.metrics.dials += 1
             try:
                 sock = self._connect()
             except OSError as error:
                 self._note_failure(error.errno or errno.EIO)
                 continue
             self._sock = sock
-            self._poller.register(sock, self)
-            self._timer = self._poller.call_at(self._poller.clock() + patience, self._time_out)
+            dialer.poller.register(sock, self)
+            self.deadline = dialer.poller.clock() + patience
+            dialer.expect(self)
             return
-        self._on_failed(self, Outcome.DIAL_FAILED)
+        dialer.on_failed(self, Outcome.DIAL_FAILED)
 
     def cancel(self) -> None:
         """Give up without calling back."""
         self._drop_attempt()
-        self._attempt = len(LADDER)
+        self._attempts = len(LADDER)
 
     def on_events(self, events: int) -> None:
         sock = self._sock
@@ -124,14 +123,16 @@ class Dial:
             self._fail(errno.ECONNREFUSED)
             return
         self._sock = None
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._balancer.ejected:
-            self._balancer.succeeded(self.endpoint)
-        self._on_connected(self, sock, events)
+        if self._dialer.balancer.ejected:
+            self._dialer.balancer.succeeded(self.endpoint)
+        self._dialer.on_connected(self, sock, events)
+
+    def time_out(self) -> None:
+        """Go on to the next attempt."""
+        self._fail(errno.ETIMEDOUT)
 
     def _connect(self) -> SocketType:
-        sock = SocketType(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = SocketType(self._dialer.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -160,18 +161,13 @@ class Dial:
         self.start()
 
     def _note_failure(self, number: int) -> None:
-        self._metrics.dial_failures[number] += 1
+        self._dialer.metrics.dial_failures[number] += 1
         if number not in _WANTS_OF_OURS:
-            self._balancer.failed(self.endpoint)
-
-    def _time_out(self) -> None:
-        self._fail(errno.ETIMEDOUT)
+            self._dialer.balancer.failed(self.endpoint)
 
     def _drop_attempt(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
         if self._sock is not None:
-            self._poller.discard(self._sock)
+            self._dialer.poller.discard(self._sock)
             self._sock = None
 
 

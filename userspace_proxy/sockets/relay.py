@@ -43,6 +43,8 @@ _buffer = bytearray(BUFFER_SIZE)
 _view = memoryview(_buffer)
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 _MORE = RDHUP | ERR | HUP | PRI
+_LAST = _DONTWAIT | int(socket.MSG_MORE)
+"""Bytes that the end of file follows: held back for a moment, they leave in one segment with the FIN."""
 _READABLE = IN | _MORE
 _WRITABLE = OUT | ERR | HUP
 _SPLICE_FLAGS = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK; never MORE, which holds back the last segment
@@ -184,8 +186,9 @@ class Direction:
                 self.finish()
                 return
             self.bytes += size
+            ends = events & _MORE == RDHUP and size < BUFFER_SIZE
             try:
-                sent = self.sink.send(_view[:size], _DONTWAIT)
+                sent = self.sink.send(_view[:size], _LAST if ends else _DONTWAIT)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -195,14 +198,13 @@ class Direction:
                 self.pending = memoryview(bytes(_view[sent:size]))
                 self.blocked = True
                 return
+            if ends:
+                self.eof = True
+                self.finish()
+                return
             if size < BUFFER_SIZE:
                 self.bulk = 0
-                behind = events & _MORE
-                if not behind:
-                    return
-                if behind == RDHUP:
-                    self.eof = True
-                    self.finish()
+                if not events & _MORE:
                     return
             else:
                 self.bulk += 1

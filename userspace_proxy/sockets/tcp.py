@@ -23,7 +23,7 @@ from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
 from userspace_proxy.model import Address, IPFamily, Portal, Protocol, SocketKey, join_host_port
 from userspace_proxy.poller import EDGE_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind
-from userspace_proxy.sockets.dial import Dial, set_keepalive
+from userspace_proxy.sockets.dial import Dial, Dialer, set_keepalive
 from userspace_proxy.sockets.relay import ABORT_ON_CLOSE, Pipes, Relay
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class TCPSockets:
         self._on_idle: Callable[[], None] | None = None
         self._half_close_timeout = half_close_timeout
         self._dials: dict[Dial, TCPSocket] = {}
+        self._look_at = float("inf")
+        """When dials are looked through for those that have waited long enough."""
         self._relays: dict[Relay, TCPSocket] = {}
         self._sweep()
         self._keep_alive()
@@ -104,21 +106,31 @@ class TCPSockets:
 
     # -- the life of a connection
 
+    def dialer(self, family: IPFamily, balancer: LoadBalancer, metrics: ServicePortMetrics) -> Dialer:
+        return Dialer(AF[family], balancer, self.poller, metrics, self._expect, self._connected, self._refuse)
+
     def take(self, tcp_socket: TCPSocket, client: SocketType, client_ip: str) -> None:
         tcp_socket.metrics.opened += 1
         tcp_socket.metrics.active += 1
-        dial = Dial(
-            client,
-            client_ip,
-            AF[tcp_socket.key.family],
-            tcp_socket.balancer,
-            self.poller,
-            tcp_socket.metrics,
-            self._connected,
-            self._refuse,
-        )
+        dial = Dial(tcp_socket.dialer, client, client_ip)
         self._dials[dial] = tcp_socket
         dial.start()
+
+    def _expect(self, dial: Dial) -> None:
+        """See to it that the dial is timed out. One timer for all: nearly every dial is over long before."""
+        if dial.deadline < self._look_at:
+            self._look_at = dial.deadline
+            self.poller.call_at(dial.deadline, self._time_out_dials)
+
+    def _time_out_dials(self) -> None:
+        now = self.poller.clock()
+        if now < self._look_at:
+            return  # a dial with an earlier deadline came later, and this look was made when that was due
+        self._look_at = float("inf")
+        for dial in [dial for dial in self._dials if dial.deadline <= now]:
+            dial.time_out()
+        if self._dials:
+            self._expect(min(self._dials, key=lambda dial: dial.deadline))
 
     def _connected(self, dial: Dial, endpoint: SocketType, events: int) -> None:
         tcp_socket = self._dials.pop(dial)
@@ -200,6 +212,7 @@ class TCPSocket:
         self.port = port
         self.balancer = balancer
         self.metrics = metrics
+        self.dialer = shared.dialer(key.family, balancer, metrics)
         self._shared = shared
         self._serving = False
         self._paused = False
