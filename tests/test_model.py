@@ -88,10 +88,10 @@ def test_no_node_port_no_portal() -> None:
 
 def test_portals_of_two_kinds_can_be_one_place() -> None:
     one = Portal(V4, Protocol.TCP, "192.0.2.1", 80, PortalKind.EXTERNAL_IP)
-    two = dataclasses.replace(one, kind=PortalKind.LOAD_BALANCER_IP)
+    two = one._replace(kind=PortalKind.LOAD_BALANCER_IP)
     assert one != two
     assert one.place == two.place
-    assert one.place != dataclasses.replace(one, protocol=Protocol.UDP).place
+    assert one.place != one._replace(protocol=Protocol.UDP).place
 
 
 def test_values_are_values() -> None:

@@ -111,10 +111,10 @@ def test_an_endpoint_that_is_our_own_proxy_port_is_left_out(run: Run, caplog: py
             assert made.open(KEY, TCP, Snapshot({NAME: TCP}), ())
             port = made.served[KEY].socket.port
             snapshot = Snapshot({NAME: TCP}, {NAME: (Endpoint("127.0.0.1", port), Endpoint("127.0.0.1", 9))})
-            made.recognise_ourselves((), snapshot)
+            await made.recognise_ourselves((), lambda: snapshot)
             assert made.served[KEY].balancer.endpoints == (("127.0.0.1", 9),)
             assert made.served[KEY].own == (Endpoint("127.0.0.1", port),)
-            made.recognise_ourselves((), snapshot)
+            await made.recognise_ourselves((), lambda: snapshot)
 
     run(main())
     assert sum("own place" in r.getMessage() for r in caplog.records) == 1

@@ -40,6 +40,11 @@ RESERVE = 128
 """Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
 
 
+SWITCH = 0.0001
+"""Seconds that a thread, which reads manifests or plans, may keep the interpreter from the event loop: the loop asks
+for it back after each system call, and Python's own 5 ms would be the latency of every one."""
+
+
 class Stopped(Exception):
     """Ends the TaskGroup when it is time to."""
 
@@ -106,6 +111,7 @@ class App:
 
     async def run(self) -> None:
         """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now."""
+        sys.setswitchinterval(SWITCH)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._source.reload)
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -20,6 +20,9 @@ class IPFamily(enum.Enum):
     IPV4 = "IPv4"
     IPV6 = "IPv6"
 
+    # Enum's own is a Python function, and members are in nearly every key that is looked up.
+    __hash__ = object.__hash__
+
     @property
     def loopback(self) -> str:
         return "127.0.0.1" if self is IPFamily.IPV4 else "::1"
@@ -43,6 +46,8 @@ class Protocol(enum.StrEnum):
     TCP = "TCP"
     UDP = "UDP"
     SCTP = "SCTP"
+
+    __hash__ = str.__hash__
 
 
 class SessionAffinity(enum.StrEnum):
@@ -82,9 +87,10 @@ class PortalKind(enum.StrEnum):
     LOAD_BALANCER_IP = "LoadBalancerIP"
     NODE_PORT = "NodePort"
 
+    __hash__ = str.__hash__
 
-@dataclass(frozen=True, slots=True)
-class Portal:
+
+class Portal(NamedTuple):
     """An address whose traffic the kernel must hand to a proxy port.
 
     Two portals that differ in `kind` alone are the same place: `place` is what can be owned once.
@@ -106,8 +112,7 @@ class Portal:
         return f"{self.kind} {where}/{self.protocol}"
 
 
-@dataclass(frozen=True, slots=True)
-class Redirect:
+class Redirect(NamedTuple):
     """One portal and the proxy port that takes its traffic; `owner` is told in the rule's comment."""
 
     portal: Portal

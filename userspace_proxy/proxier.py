@@ -41,6 +41,7 @@ from userspace_proxy.plan import (
     Close,
     LocalPort,
     Open,
+    Problem,
     Replace,
     State,
     Step,
@@ -53,6 +54,9 @@ from userspace_proxy.serving import Serving
 from userspace_proxy.sockets.base import ProxySockets
 
 logger = logging.getLogger(__name__)
+
+STEPS = 100
+"""Steps of a plan that are carried out before connections get their turn."""
 
 
 @dataclass(slots=True)
@@ -187,24 +191,34 @@ class Proxier:
         serving.problems.begin()
         have = State(
             {key: served.service.protocol for key, served in serving.served.items()},
-            serving.claims.keys(),
+            frozenset(serving.claims),
             self._redirects,
         )
-        want, problems = desired(snapshot.services, self._bind, self._protocols, have)
-        if not self._capture.rewrites_destination:
-            want = State(want.sockets)
+        # In a thread: at thousands of services this takes tens of milliseconds, which no connection should wait.
+        want, problems, steps = await asyncio.to_thread(self._decide, snapshot.services, have)
         for problem in problems:
             serving.problems.note(problem.key, problem.message)
         serving.adopt(snapshot.services)
-        steps = plan(have, want)
         if steps:  # portals are known before they open, proxy ports once they have
-            serving.recognise_ourselves(want.redirects, snapshot)
+            await serving.recognise_ourselves(want.redirects, self._newest)
         if await self._carry_out(steps, want, snapshot):
             self._settled = snapshot.services
-        newest = self._snapshot or snapshot
         if any(isinstance(step, Open) for step in steps):
-            serving.recognise_ourselves(want.redirects, newest)
-        serving.retry(newest)
+            await serving.recognise_ourselves(want.redirects, self._newest)
+        serving.retry(self._newest())
+
+    def _newest(self) -> Snapshot:
+        assert self._snapshot is not None
+        return self._snapshot
+
+    def _decide(
+        self, services: Mapping[ServicePortName, ServicePort], have: State
+    ) -> tuple[State, list[Problem], tuple[Step, ...]]:
+        """What should be, why not all of it can be, and how to get there."""
+        want, problems = desired(services, self._bind, self._protocols, have)
+        if not self._capture.rewrites_destination:
+            want = State(want.sockets)
+        return want, problems, plan(have, want)
 
     async def _carry_out(self, steps: Sequence[Step], want: State, snapshot: Snapshot) -> bool:
         """Whether every step was gone through; what depends on one that failed is left out, and noted."""
@@ -214,10 +228,12 @@ class Proxier:
         unclaimed: set[LocalPort] = set()
         addresses = await self._nodeport_addresses(steps)
         replaced = False
-        for step in steps:
+        for number, step in enumerate(steps, 1):
+            if number % STEPS == 0:
+                await asyncio.sleep(0)
             match step:
                 case Open(key, _):
-                    if not serving.open(key, snapshot.services[key.name], self._snapshot or snapshot, node_ports):
+                    if not serving.open(key, snapshot.services[key.name], self._newest(), node_ports):
                         unopened.add(key)
                 case Claim(place):
                     if not serving.claim(place, addresses, _owners(place, want)):
@@ -241,12 +257,9 @@ class Proxier:
     async def _replace(self, redirects: Mapping[Portal, SocketKey]) -> bool:
         """Make the capture's redirects these. Sockets admit what is new before, and what is gone until after."""
         served = self._serving.served
-        wanted: defaultdict[SocketKey, set[Portal]] = defaultdict(set)
-        for portal, key in redirects.items():
-            wanted[key].add(portal)
-        changing = [key for key, s in served.items() if s.admitted != wanted.get(key, frozenset())]
-        for key in changing:
-            self._serving.admit(key, served[key].admitted | wanted.get(key, set()))
+        changing = self._changing(redirects)
+        for key, wanted in changing.items():
+            self._serving.admit(key, served[key].admitted | wanted)
         try:
             changes = await self._capture.replace(
                 [Redirect(portal, served[key].socket.port, key.name) for portal, key in redirects.items()]
@@ -259,11 +272,25 @@ class Proxier:
             return False
         self.progress.capture_error = ""
         self._redirects = redirects
-        for key in changing:
-            served[key].admitted = frozenset(wanted.get(key, ()))
-            self._serving.admit(key, served[key].admitted)
+        for key, wanted in changing.items():
+            served[key].admitted = wanted
+            self._serving.admit(key, wanted)
         self._tell(changes)
         return True
+
+    def _changing(self, redirects: Mapping[Portal, SocketKey]) -> dict[SocketKey, frozenset[Portal]]:
+        """The open sockets that these redirects give other portals than they admit now, and which."""
+        if redirects is self._redirects:
+            return {}
+        wanted: defaultdict[SocketKey, set[Portal]] = defaultdict(set)
+        for portal, key in redirects.items():
+            wanted[key].add(portal)
+        nothing: set[Portal] = set()
+        return {
+            key: frozenset(wanted.get(key, nothing))
+            for key, served in self._serving.served.items()
+            if served.admitted != wanted.get(key, nothing)
+        }
 
     def _tell(self, changes: Changes) -> None:
         name = self._capture.name

@@ -7,6 +7,7 @@ the capture for traffic. What a socket does with its clients is in `sockets`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import socket
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 TRIES = 256
 """Proxy ports tried for one service port in one sync; with more of them taken, something else is wrong."""
+
+AT_ONCE = 200
+"""Service ports looked at before connections get their turn."""
 
 _KIND = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 
@@ -132,16 +136,19 @@ class Serving:
             if served.failed:
                 self._update(key, served, snapshot)
 
-    def recognise_ourselves(self, redirects: Iterable[Portal], snapshot: Snapshot) -> None:
-        """Learn which places are ours, and look at all endpoints again with that in mind."""
+    async def recognise_ourselves(self, redirects: Iterable[Portal], newest: Callable[[], Snapshot]) -> None:
+        """Learn which places are ours, and look at all endpoints again with that in mind, a few at a time."""
         proxy_ports = [LocalPort(key.family, s.service.protocol, s.socket.port) for key, s in self.served.items()]
         self._own = OwnPortals(redirects, proxy_ports, host.is_local_address)
-        for key, served in self.served.items():
-            self._update(key, served, snapshot)
+        for number, (key, served) in enumerate(list(self.served.items()), 1):
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)
+            if self._own.among(served.service.protocol, _endpoints(key, newest())) != served.own:
+                self._update(key, served, newest())
 
     def _update(self, key: SocketKey, served: Served, snapshot: Snapshot) -> None:
         """Bring the balancer up to date, and serve or refuse accordingly."""
-        endpoints = tuple(e for e in snapshot.endpoints.get(key.name, ()) if family_of(e.ip) is key.family)
+        endpoints = _endpoints(key, snapshot)
         own = self._own.among(served.service.protocol, endpoints)
         if own and own != served.own:
             logger.warning(
@@ -275,6 +282,10 @@ class Serving:
             for name, service in sorted(snapshot.services.items())
             for key in (SocketKey(name, family) for family in service.families)
         ]
+
+
+def _endpoints(key: SocketKey, snapshot: Snapshot) -> tuple[Endpoint, ...]:
+    return tuple(e for e in snapshot.endpoints.get(key.name, ()) if family_of(e.ip) is key.family)
 
 
 def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: Sequence[str]) -> dict[str, object]:

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_SIZE = 64 << 20
-STEP = 40
+STEP = 10
 """Milliseconds without a change after which files are taken as written."""
-DEBOUNCE = 1600
+DEBOUNCE = 100
 """Milliseconds after which they are read even if changes go on."""
 
 _Stamp = tuple[int, int, int, int]
