@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,47 @@ import pytest
 from tests.e2e.node import endpoints, port, service
 from tests.netns import eventually
 from tests.proxy import Servers, echo
+from userspace_proxy.app import Signals
+
+
+@pytest.mark.parametrize("stdout", [">/dev/full", ">&-", "| head -1"])
+def test_a_standard_output_that_takes_nothing_ends_nobody(tmp_path: Path, stdout: str) -> None:
+    (tmp_path / "m").mkdir()
+    flags = f"--manifests={tmp_path}/m --capture=none --healthz-bind-address= --metrics-bind-address="
+    command = f"exec 2>{tmp_path}/log; {sys.executable} -m userspace_proxy {flags} {stdout} & sleep 3; kill $!; wait $!"
+    if "|" in stdout:
+        command = (
+            f"exec 2>{tmp_path}/log; (timeout 3 {sys.executable} -m userspace_proxy {flags}; echo $? >&2) {stdout}"
+        )
+    done = subprocess.run(["bash", "-c", command], timeout=30, check=False)
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert "SIGTERM: draining" in log
+    assert done.returncode == 0
+    for written in (["--help"], ["--version"]):
+        with open("/dev/full", "w") as full:
+            shown = subprocess.run(
+                [sys.executable, "-m", "userspace_proxy", *written], stdout=full, stderr=subprocess.PIPE, check=False
+            )
+        assert shown.stderr.startswith(b"userspace-proxy: standard output: No space left on device")
+
+
+def test_sighup_before_there_is_a_source_is_no_end(run: Callable[[Coroutine[object, object, None]], None]) -> None:
+    async def main() -> None:
+        signals = Signals()
+        signals.watch()
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        asked = asyncio.Event()
+        signals.reload = asked.set
+        os.kill(os.getpid(), signal.SIGHUP)
+        async with asyncio.timeout(5):
+            await asked.wait()
+        assert not signals.stop.is_set()
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    run(main())
 
 
 class Running:

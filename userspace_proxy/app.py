@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -50,17 +50,23 @@ class Stopped(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT: the first asks for an orderly end, the second for an end."""
+    """SIGTERM and SIGINT: the first asks for an orderly end, the second for an end. SIGHUP: to read anew."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.over = asyncio.Event()
         """There is nothing (more) to wait for: sessions have ended, or a second signal came."""
+        self.reload: Callable[[], None] = lambda: None
+        """What SIGHUP does; nothing before there is a source, which has everything to read yet."""
 
     def watch(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, self._read_anew)
+
+    def _read_anew(self) -> None:
+        self.reload()
 
     def _end(self, number: signal.Signals) -> None:
         if self.stop.is_set():
@@ -112,7 +118,7 @@ class App:
     async def run(self) -> None:
         """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now."""
         sys.setswitchinterval(SWITCH)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._source.reload)
+        self._signals.reload = self._source.reload
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._source.run(self._proxier.publish), name="source")
@@ -129,8 +135,11 @@ class App:
     async def _show_table(self) -> None:
         await self._proxier.progress.first_sync.wait()
         captured = self._capture.rewrites_destination and not self._proxier.progress.capture_error
-        sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
+            sys.stdout.flush()
+        except OSError as error:  # a full disk, or a reader that has left: no reason to end
+            logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
 
     def _fit_descriptors(self) -> None:
         """Sessions may have what proxy sockets leave."""

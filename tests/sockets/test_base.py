@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import socket
 
 import pytest
@@ -115,3 +116,21 @@ def test_ipv6_leaves_ipv4_alone() -> None:
 def test_an_address_that_is_not_ours_cannot_be_bound() -> None:
     with pytest.raises(PortError, match=r"192\.0\.2\.1:80 cannot be had"):
         bind(IPFamily.IPV4, socket.SOCK_STREAM, "192.0.2.1", 80)
+
+
+def test_those_who_find_their_clients_gone_hand_on_what_they_were_given() -> None:
+    """As many as there may be service ports, each resumed by the one before it: no deeper than a single one."""
+    descriptors = Descriptors(2)
+    assert descriptors.take(2)
+    resumed = []
+
+    def resume(number: int) -> None:
+        assert descriptors.take(2)
+        resumed.append(number)
+        descriptors.give(2)
+
+    for number in range(5000):
+        descriptors.wait(functools.partial(resume, number))
+    descriptors.give(2)
+    assert resumed == list(range(5000))
+    assert descriptors.used == 0

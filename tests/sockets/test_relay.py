@@ -74,6 +74,26 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
+def test_an_urgent_mark_in_bulk_is_no_end(start: Start, splice: bool) -> None:
+    """splice() answers 0 at the mark if the end of file is queued behind it, and EAGAIN if it is not."""
+    received: list[int] = []
+
+    def slow(sock: socket.socket) -> None:
+        time.sleep(0.2)  # for everything to pile up before it
+        received.append(len(read_all(sock)))
+
+    with Servers(slow) as endpoint:
+        proxy = start(Protocol.TCP, V4, [endpoint.address], splice=splice)
+        with proxy.connect() as client:
+            client.sendall(bytes(20_000_000))
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(bytes(2_000_000))
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+    assert received == [22_000_000]
+
+
 def test_bytes_pass_both_ways(start: Start, family: IPFamily) -> None:
     proxy, client, server = pair(start, family)
     with client, server:

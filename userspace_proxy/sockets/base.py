@@ -87,12 +87,13 @@ class Descriptors:
     What is refused here waits: in the listen queue (TCP), or makes room itself (UDP).
     """
 
-    __slots__ = ("_waiting", "limit", "used")
+    __slots__ = ("_resuming", "_waiting", "limit", "used")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
         self._waiting: dict[Callable[[], None], None] = {}
+        self._resuming = False
 
     def take(self, count: int) -> bool:
         if self.used + count > self.limit:
@@ -102,13 +103,17 @@ class Descriptors:
 
     def give(self, count: int) -> None:
         self.used -= count
-        # Whoever is resumed may find that its clients have left meanwhile, so the next one gets its turn as well.
-        for _ in range(len(self._waiting)):
-            if self.used + 2 > self.limit or not self._waiting:
-                return
-            resume = next(iter(self._waiting))
-            del self._waiting[resume]
-            resume()
+        if not self._waiting or self._resuming:
+            return  # whoever is resumed gives back what it does not need: not one level deeper for each that waits
+        self._resuming = True
+        try:
+            # Its clients may have left meanwhile, so the next one gets its turn as well.
+            while self._waiting and self.used + 2 <= self.limit:
+                resume = next(iter(self._waiting))
+                del self._waiting[resume]
+                resume()
+        finally:
+            self._resuming = False
 
     def wait(self, resume: Callable[[], None]) -> None:
         """Call `resume` once there is room again; asking twice waits once."""

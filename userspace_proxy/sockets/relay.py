@@ -252,7 +252,10 @@ class Direction:
         return True
 
     def splice(self) -> None:
-        """As `pump`, through the pipe. It is only filled when empty, so EAGAIN can only mean a dry source."""
+        """As `pump`, through the pipe. It is only filled when empty, so EAGAIN is about the source.
+
+        Whether that is dry or has ended is for recv() to say: at an urgent mark, splice() tells of neither rightly.
+        """
         pipe = self.pipe
         assert pipe is not None
         source, sink = self.source.fileno(), self.sink.fileno()
@@ -261,15 +264,13 @@ class Direction:
                 try:
                     pipe.held = os.splice(source, pipe.write_fd, PIPE_SIZE, flags=_SPLICE_FLAGS)
                 except BlockingIOError:
-                    self.stop_splicing()
-                    return
+                    pipe.held = 0
                 except OSError as error:
                     self.relay.broken(self.source, error.errno or errno.EIO)
                     return
                 if not pipe.held:
                     self.stop_splicing()
-                    self.eof = True
-                    self.finish()
+                    self.queue()
                     return
                 self.bytes += pipe.held
             try:
