@@ -8,20 +8,22 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
+from userspace_proxy.config import LoggingFormat
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
-from userspace_proxy.metrics import Metrics, Outcome, open_descriptors
+from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics, open_descriptors
 from userspace_proxy.model import Endpoint, IPFamily, Protocol, ServicePortName, SessionAffinity, SocketKey
-from userspace_proxy.poller import Poller
-from userspace_proxy.sockets.base import AF, Descriptors, ProxySocket, ProxySockets
-from userspace_proxy.sockets.tcp import TCPSockets
-from userspace_proxy.sockets.udp import UDPSockets
+from userspace_proxy.sockets.base import AF, ProxySocket, ProxySockets, Session
+from userspace_proxy.sockets.path import DataPath, RelaySettings
+from userspace_proxy.workers.messages import Start
+from userspace_proxy.workers.pool import Pool
 
 T = TypeVar("T")
 NAME = ServicePortName("default", "web", "http")
+KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 
 
 class ProxyThread:
@@ -41,12 +43,13 @@ class ProxyThread:
         idle_timeout: float = 0.25,
         max_flows: int = 1000,
         descriptors: int = 10000,
+        workers: int = 1,
     ) -> None:
         self.family = family
         self.protocol = protocol
         self.metrics = Metrics()
-        self.counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
-        self.descriptors = Descriptors(descriptors)
+        self._counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
+        self.workers = workers
         self.balancer = LoadBalancer(time.monotonic, random.Random(1), affinity, 10800.0, max_ejection=max_ejection)
         self.balancer.update([Endpoint(ip, port) for ip, port in endpoints])
         self.loop = loop_factory()
@@ -56,14 +59,14 @@ class ProxyThread:
         self._ready.wait()
 
         def start() -> None:
-            self.poller = Poller(self.loop)
-            self.sockets: ProxySockets = (
-                TCPSockets(
-                    self.poller, self.descriptors, self.metrics, splice=splice, half_close_timeout=half_close_timeout
-                )
-                if protocol is Protocol.TCP
-                else UDPSockets(self.poller, self.descriptors, idle_timeout=idle_timeout, max_flows=max_flows)
-            )
+            settings = RelaySettings(descriptors, splice, half_close_timeout, idle_timeout, max_flows)
+            self.path: DataPath | Pool
+            if workers == 1:
+                self.path = DataPath(settings, self.metrics)
+            else:
+                self.path = Pool(workers, Start(0, settings, max_ejection, 0, LoggingFormat.TEXT), self.metrics)
+                self._keeping = self.loop.create_task(self.path.run())
+            self.sockets: ProxySockets = self.path.sockets[protocol]
             self.socket = self._open()
             if endpoints:
                 self.socket.serve()
@@ -83,9 +86,27 @@ class ProxyThread:
                     self.family.loopback,
                     random.randint(20000, 30000),
                     self.balancer,
-                    self.counts,
+                    self._counts,
                 )
         raise AssertionError("no port in a hundred tries")
+
+    @property
+    def pool(self) -> Pool:
+        assert isinstance(self.path, Pool)
+        return self.path
+
+    @property
+    def counts(self) -> ServicePortMetrics:
+        """Brought up to this moment where workers have to be asked."""
+        if self.workers > 1 and self.loop.is_running():
+            self.wait_for(self.path.count())
+        return self._counts
+
+    def sessions(self) -> list[Session]:
+        return self.wait_for(self.path.sessions())
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Run a function on the proxy's loop; its result, or what it raised."""
@@ -133,15 +154,22 @@ class ProxyThread:
         return client
 
     def ended(self) -> dict[Outcome, int]:
-        return dict(self.call(lambda: dict(self.counts.ended)))
+        counts = self.counts
+        return dict(self.call(lambda: dict(counts.ended)))
 
     def stop(self) -> None:
-        def end() -> None:
+        async def end() -> None:
+            if self.workers > 1:
+                self._keeping.cancel()
+                await asyncio.wait([self._keeping])
             self.sockets.end_all(Outcome.DRAIN_TIMEOUT)
+            await self.path.count()
             self.socket.close()
-            self.poller.close()
+            await self.path.close()
 
-        self.call(end)
+        if self.loop.is_closed():
+            return
+        self.wait_for(end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
         self.loop.close()
@@ -246,3 +274,55 @@ def read_all(sock: socket.socket) -> bytes:
     while chunk := sock.recv(1 << 20):
         parts.append(chunk)
     return b"".join(parts)
+
+
+class Named:
+    """An endpoint that answers whatever it is sent with its own name and the message."""
+
+    def __init__(self, protocol: Protocol, family: IPFamily, name: str, port: int = 0) -> None:
+        self._sock = listener(family, KINDS[protocol], port)
+        self._sock.settimeout(0.1)
+        self.address = address(self._sock)
+        self._name = name.encode()
+        self._stop = False
+        self._thread = threading.Thread(target=self._stream if protocol is Protocol.TCP else self._datagrams)
+        self._thread.start()
+
+    def _stream(self) -> None:
+        while not self._stop:
+            with contextlib.suppress(TimeoutError):
+                client, _ = self._sock.accept()
+                with client, contextlib.suppress(OSError):
+                    client.settimeout(10)
+                    client.sendall(self._name + b":" + client.recv(100))
+
+    def _datagrams(self) -> None:
+        while not self._stop:
+            with contextlib.suppress(TimeoutError):
+                message, client = self._sock.recvfrom(65535)
+                self._sock.sendto(self._name + b":" + message, client)
+
+    def stop(self) -> None:
+        self._stop = True
+        self._thread.join(10)
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def ask(proxy: ProxyThread, message: bytes = b"hi", source: str | None = None) -> bytes:
+    """One new client, one question; the name of the endpoint that answered."""
+    kind = KINDS[proxy.protocol]
+    with socket.socket(socket.AF_INET6 if proxy.family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+        client.settimeout(5)
+        if source:
+            client.bind((source, 0))
+        client.connect(proxy.address)
+        client.send(message)
+        name, _, echoed = client.recv(65535).partition(b":")
+        assert echoed == message
+        return name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import signal
 import subprocess
 import sys
@@ -14,7 +12,6 @@ import pytest
 
 from tests.netns import Namespace, eventually
 from userspace_proxy import __version__, cli
-from userspace_proxy.config import Config, LoggingFormat
 from userspace_proxy.exceptions import CaptureError, ConfigError
 
 
@@ -91,38 +88,6 @@ def test_faults_of_the_world_are_a_line_and_our_own_a_traceback(caplog: pytest.L
 def test_unusable_flags_found_late_are_exit_status_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli._explain(ExceptionGroup("", [ConfigError(["--manifests: gone"])])) == 2
     assert "userspace-proxy: --manifests: gone\n" in capsys.readouterr().err
-
-
-@pytest.fixture
-def _logging_restored() -> object:
-    root, ours = logging.getLogger(), logging.getLogger("userspace_proxy")
-    sessions = logging.getLogger("userspace_proxy.sockets")
-    before = (root.handlers[:], root.level, ours.level, sessions.level)
-    yield
-    root.handlers[:], levels = before[0], before[1:]
-    for logger, level in zip((root, ours, sessions), levels, strict=True):
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("_logging_restored")
-@pytest.mark.parametrize(("verbosity", "syncs", "connections"), [(0, False, False), (2, True, False), (4, True, True)])
-def test_verbosity(verbosity: int, syncs: bool, connections: bool) -> None:
-    cli.set_up_logging(Config(verbosity=verbosity))
-    assert logging.getLogger("userspace_proxy.proxier").isEnabledFor(logging.DEBUG) is syncs
-    assert logging.getLogger("userspace_proxy.sockets.tcp").isEnabledFor(logging.DEBUG) is connections
-    assert logging.getLogger("userspace_proxy.sockets.tcp").isEnabledFor(logging.INFO)
-
-
-@pytest.mark.usefixtures("_logging_restored")
-def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.set_up_logging(Config(logging_format=LoggingFormat.JSON))
-    try:
-        raise ZeroDivisionError
-    except ZeroDivisionError:
-        logging.getLogger("userspace_proxy").exception("%s broke", "it")
-    line = json.loads(capsys.readouterr().err.splitlines()[-1])
-    assert (line["level"], line["message"]) == ("error", "it broke")
-    assert "ZeroDivisionError" in line["exception"]
 
 
 def test_a_signal_while_it_starts_ends_it_in_order(tmp_path: Path) -> None:

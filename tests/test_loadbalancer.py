@@ -250,6 +250,23 @@ class TestUpdate:
             seen.append(balancer.generation)
         assert seen == [0, 0, 1, 1, 2, 2, 3, 4]
 
+    def test_who_follows_is_told_of_every_change(self) -> None:
+        balancer = Balancer(ONE, TWO)
+        told: list[tuple[tuple[Address, ...], SessionAffinity, float]] = []
+        balancer.on_change = lambda: told.append((balancer.endpoints, balancer.affinity, balancer.affinity_timeout))
+        balancer.update([TWO, ONE])
+        assert not told
+        balancer.update([ONE])
+        balancer.configure(CLIENT_IP, 10.0)
+        balancer.pick(ALICE)
+        balancer.update([])
+        only = (ONE.address,)
+        assert told == [
+            (only, SessionAffinity.NONE, DEFAULT_AFFINITY_TIMEOUT),
+            (only, CLIENT_IP, 10.0),
+            ((), CLIENT_IP, 10.0),
+        ]
+
 
 class TestAffinity:
     def test_slides(self) -> None:

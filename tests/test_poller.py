@@ -184,6 +184,31 @@ def test_timers_ring_in_order(run: Run) -> None:
     run(main())
 
 
+def test_a_socket_that_others_hold_as_well_is_told_of_no_more(run: Run) -> None:
+    """Its number, used again, gets the events of its new owner alone."""
+
+    async def main() -> None:
+        poller = Poller(asyncio.get_running_loop())
+        one, other = socket.socketpair()
+        with one.dup(), other:
+            number, before, after = one.fileno(), Recorder(), Recorder()
+            poller.register(one, before, LEVEL_IN)
+            poller.unregister(one)
+            poller.discard(one)
+            stranger, peer = socket.socketpair()
+            assert stranger.fileno() == number
+            poller.register(stranger, after, LEVEL_IN)
+            other.send(b"x")
+            await turns()
+            assert not before.seen
+            assert not after.seen
+            poller.discard(stranger)
+            peer.close()
+        poller.close()
+
+    run(main())
+
+
 def test_closing_leaves_nothing(run: Run) -> None:
     async def main() -> None:
         before = open_descriptors()

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -26,18 +26,15 @@ from userspace_proxy.config import Config, PortRange
 from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.metrics import Metrics, Outcome
 from userspace_proxy.model import Protocol
-from userspace_proxy.poller import Poller
 from userspace_proxy.proxier import Proxier
-from userspace_proxy.sockets.base import Descriptors, ProxySockets, Session
-from userspace_proxy.sockets.tcp import TCPSockets
-from userspace_proxy.sockets.udp import UDPSockets
+from userspace_proxy.sockets.base import RESERVE
+from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sources.manifests import ManifestSource
 from userspace_proxy.table import render
+from userspace_proxy.workers.messages import Start
+from userspace_proxy.workers.pool import Pool
 
 logger = logging.getLogger(__name__)
-
-RESERVE = 128
-"""Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
 
 
 SWITCH = 0.0001
@@ -83,28 +80,13 @@ class App:
         self._config = config
         self._signals = signals
         self._capture = capture
-        self._limit = host.raise_descriptor_limit()
-        self._descriptors = Descriptors(max(2, self._limit - RESERVE))
         self._metrics = Metrics()
-        self._metrics.descriptors_in_use = lambda: self._descriptors.used
         self._metrics.capture_info.labels(capture.name).set(1)
-        self._poller = Poller(asyncio.get_running_loop())
-        self._sockets: Mapping[Protocol, ProxySockets] = {
-            Protocol.TCP: TCPSockets(
-                self._poller,
-                self._descriptors,
-                self._metrics,
-                splice=config.splice,
-                half_close_timeout=config.half_close_timeout,
-            ),
-            Protocol.UDP: UDPSockets(
-                self._poller, self._descriptors, idle_timeout=config.udp_timeout, max_flows=config.max_udp_flows
-            ),
-        }
+        self._data_path = _data_path(config, self._metrics)
         self._source = ManifestSource(config.manifests)
         self._proxier = Proxier(
             capture,
-            self._sockets,
+            self._data_path.sockets,
             self._metrics,
             bind_address=config.bind_address,
             port_range=config.proxy_port_range or PortRange(*host.ephemeral_ports()),
@@ -112,7 +94,7 @@ class App:
             sync_period=config.iptables_sync_period,
             min_sync_period=config.iptables_min_sync_period,
             max_ejection=config.max_ejection_time,
-            after_sync=self._fit_descriptors,
+            after_sync=lambda: self._data_path.fit(self._proxier.descriptors),
         )
 
     async def run(self) -> None:
@@ -121,6 +103,8 @@ class App:
         self._signals.reload = self._source.reload
         try:
             async with asyncio.TaskGroup() as tasks:
+                if isinstance(self._data_path, Pool):
+                    tasks.create_task(self._data_path.run(), name="workers")
                 tasks.create_task(self._source.run(self._proxier.publish), name="source")
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
@@ -141,10 +125,6 @@ class App:
         except OSError as error:  # a full disk, or a reader that has left: no reason to end
             logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
 
-    def _fit_descriptors(self) -> None:
-        """Sessions may have what proxy sockets leave."""
-        self._descriptors.limit = max(2, self._limit - RESERVE - self._proxier.descriptors)
-
     async def _end_on_signal(self) -> None:
         """Drain while health, metrics and the control loop still answer; then end them all."""
         await self._signals.stop.wait()
@@ -153,14 +133,14 @@ class App:
 
     async def _drain(self) -> None:
         await self._proxier.stop()
-        open_kinds = set(self._sockets)
+        open_kinds = set(self._data_path.sockets)
 
         def ended(protocol: Protocol) -> None:
             open_kinds.discard(protocol)
             if not open_kinds:
                 self._signals.over.set()
 
-        for protocol, sockets in self._sockets.items():
+        for protocol, sockets in self._data_path.sockets.items():
             sockets.drain(partial(ended, protocol))
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_timeout):
@@ -177,7 +157,7 @@ class App:
                 hard_fail=config.bind_address_hard_fail,
             )
         if config.metrics_bind_address:
-            views = Views(self._exposition, config.configz, self._proxier.report, self._sessions)
+            views = Views(self._exposition, config.configz, self._proxier.report, self._data_path.sessions)
             yield AdminServer(
                 "--metrics-bind-address",
                 config.metrics_bind_address,
@@ -194,29 +174,42 @@ class App:
             draining=self._signals.stop.is_set(),
         )
 
-    def _exposition(self) -> tuple[bytes, str]:
+    async def _exposition(self) -> tuple[bytes, str]:
         self._metrics.refused_objects.set(len(self._source.problems))
-        for sockets in self._sockets.values():
-            sockets.count()
+        await self._data_path.count()
         return self._metrics.exposition()
 
-    def _sessions(self) -> list[Session]:
-        return [session for sockets in self._sockets.values() for session in sockets.sessions()]
-
     async def _leave_nothing_behind(self) -> None:
-        left = sum(sockets.active for sockets in self._sockets.values())
+        await self._data_path.count()
+        left = sum(sockets.active for sockets in self._data_path.sockets.values())
         if left:
             logger.warning("%d sessions were still open and are reset; see --drain-timeout", left)
         # Resets must still be translated on their way, so conntrack is let go last of all.
         await self._proxier.withdraw()
-        for sockets in self._sockets.values():
+        for sockets in self._data_path.sockets.values():
             sockets.end_all(Outcome.DRAIN_TIMEOUT)
         self._proxier.close()
-        self._poller.close()
+        await self._data_path.close()
         try:
             await self._capture.close()
         except CaptureError as error:
             logger.error("%s; run userspace-proxy --cleanup", error)
+
+
+def _data_path(config: Config, metrics: Metrics) -> DataPath | Pool:
+    """In this process, or in several others; each may have as many descriptors as this one."""
+    settings = RelaySettings(
+        descriptors=max(2, host.raise_descriptor_limit() - RESERVE),
+        splice=config.splice,
+        half_close_timeout=config.half_close_timeout,
+        udp_timeout=config.udp_timeout,
+        max_udp_flows=-(-config.max_udp_flows // config.workers),
+    )
+    metrics.workers.set(1)
+    if config.workers == 1:
+        return DataPath(settings, metrics)
+    start = Start(0, settings, config.max_ejection_time, config.verbosity, config.logging_format)
+    return Pool(config.workers, start, metrics)
 
 
 async def serve(config: Config) -> None:

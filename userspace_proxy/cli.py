@@ -4,13 +4,12 @@
     1   something failed while running, or could not be started; the log says what
     2   the flags cannot be used as they are; every problem is on stderr, one a line
 
-Logging is set up here, and uvloop started; everything else is `config`'s (flags) or `app`'s (running).
+uvloop is started here; everything else is `config`'s (flags) or `app`'s (running).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -18,17 +17,14 @@ from collections.abc import Sequence
 
 import uvloop
 
-from userspace_proxy import __version__
+from userspace_proxy import __version__, logs
 from userspace_proxy.app import serve
 from userspace_proxy.capture.choose import cleanup
-from userspace_proxy.config import Config, LoggingFormat, Show, parse
+from userspace_proxy.config import Config, Show, parse
 from userspace_proxy.exceptions import ConfigError, UserspaceProxyError
 from userspace_proxy.manual import help_text
 
 logger = logging.getLogger("userspace_proxy")
-
-_DEBUG_AT = 2
-_CONNECTIONS_AT = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if config is Show.VERSION:
         return _show(f"userspace-proxy {__version__}\n")
     assert isinstance(config, Config)
-    set_up_logging(config)
+    logs.set_up(config.verbosity, config.logging_format)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(cleanup() if config.cleanup else serve(config))
@@ -100,31 +96,3 @@ def _leaves(group: ExceptionGroup[Exception] | None) -> list[Exception]:
     if group is None:
         return []
     return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, ExceptionGroup) else [e])]
-
-
-def set_up_logging(config: Config) -> None:
-    """Everything goes to stderr; connections are told of from -v=4 on, one line each."""
-    stream = logging.StreamHandler()
-    stream.setFormatter(_JSONLines() if config.logging_format is LoggingFormat.JSON else _Lines())
-    logging.basicConfig(handlers=[stream], level=logging.WARNING, force=True)
-    logger.setLevel(logging.DEBUG if config.verbosity >= _DEBUG_AT else logging.INFO)
-    sessions = logging.getLogger("userspace_proxy.sockets")
-    sessions.setLevel(logging.DEBUG if config.verbosity >= _CONNECTIONS_AT else logging.INFO)
-
-
-class _Lines(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%H:%M:%S")
-
-
-class _JSONLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')}",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)

@@ -176,6 +176,17 @@ class Config:
             "once. Empty: all addresses of this host.",
         ),
     )
+    workers: int = field(
+        default=1,
+        metadata=_flag(
+            "workers",
+            number(1, 64, 2),
+            _RELAY,
+            "How many processes relay. With 1 it is the proxy's own. With more, each takes clients of every service "
+            "port, and a process of its own sees to everything else; round robin is each worker's own, affinity "
+            "holds over all of them. As many as there are CPUs to spare is the most that helps.",
+        ),
+    )
     udp_timeout: float = field(
         default=0.25,
         metadata=_flag(
@@ -192,7 +203,8 @@ class Config:
             "max-udp-flows",
             number(1, 1_000_000, 4096),
             _RELAY,
-            "How many UDP flows there may be at a time. One more ends the one that has been idle for longest.",
+            "How many UDP flows there may be at a time. One more ends the one that has been idle for longest. Several "
+            "workers share the number out evenly.",
         ),
     )
     half_close_timeout: float = field(

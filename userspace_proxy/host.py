@@ -12,8 +12,6 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyroute2 import IPRoute
-
 from userspace_proxy.model import IPFamily, family_of
 
 _AF = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
@@ -35,6 +33,8 @@ def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:
 
     Without IPv6 link-local ones, which mean nothing without their interface and cannot be bound alone.
     """
+    from pyroute2 import IPRoute  # here, not above: it would double the time that a worker takes to start
+
     wanted = [ipaddress.ip_network(network) for network in networks]
     with IPRoute() as route:
         found = {str(message.get("address")) for message in route.get_addr()}

@@ -51,11 +51,13 @@ class LoadBalancer:
         "_max_clients",
         "_pins",
         "_rng",
-        "_timeout",
+        "affinity",
         "affinity_hits",
+        "affinity_timeout",
         "ejected",
         "endpoints",
         "generation",
+        "on_change",
     )
 
     def __init__(
@@ -83,6 +85,8 @@ class LoadBalancer:
         self._ejections = Ejections(clock, rng, max_ejection)
         self.ejected: Collection[Address] = self._ejections.out
         """Endpoints passed over for now; always the same object, and empty while all is well."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after each change of the endpoints or of affinity, for who picks by a copy elsewhere."""
         # None without affinity. The least recently used comes first, and as all pins live equally long,
         # so does the next to expire. A plain dict keeps that order too, but finding its first key gets
         # slow once many before it were deleted, which is what a full table does all the time.
@@ -125,7 +129,7 @@ class LoadBalancer:
             if len(pins) > self._max_clients:
                 pins.popitem(last=False)
             return address
-        if not tried and now - pin.used < self._timeout:
+        if not tried and now - pin.used < self.affinity_timeout:
             self.affinity_hits += 1
         else:
             pin.address = self._next(tried)
@@ -187,15 +191,18 @@ class LoadBalancer:
         if self._pins:
             for client_ip in [ip for ip, pin in self._pins.items() if pin.address not in known]:
                 del self._pins[client_ip]
+        self.on_change()
         return True
 
     def configure(self, affinity: SessionAffinity, timeout: float) -> None:
         """Change affinity at once. Without it all clients are forgotten; a timeout holds for old pins too."""
-        self._timeout = timeout
+        self.affinity = affinity
+        self.affinity_timeout = timeout
         if affinity is SessionAffinity.NONE:
             self._pins = None
         elif self._pins is None:
             self._pins = OrderedDict()
+        self.on_change()
 
     def purge(self) -> None:
         """Forget clients whose affinity has expired. `pick` does not need it; the memory does."""
@@ -203,5 +210,5 @@ class LoadBalancer:
         if not pins:
             return
         now = self._clock()
-        while pins and now - next(iter(pins.values())).used >= self._timeout:
+        while pins and now - next(iter(pins.values())).used >= self.affinity_timeout:
             pins.popitem(last=False)

@@ -48,6 +48,8 @@ class Outcome(enum.StrEnum):
     """A UDP flow with no datagram either way for the idle timeout."""
     EVICTED = "evicted"
     """A UDP flow that made room for a new one at the cap."""
+    WORKER_DIED = "worker_died"
+    """The process that relayed it died."""
     CLOSED = "closed"
     """A UDP flow whose service port went away or lost its endpoints."""
 
@@ -140,6 +142,10 @@ class Metrics:
             "Rules put in or out: because something changed, or repaired because somebody else changed ours.",
             ["change"],
             registry=registry,
+        )
+        self.workers = Gauge("userspace_proxy_workers", "Processes that relay now.", registry=registry)
+        self.worker_deaths = Counter(
+            "userspace_proxy_worker_deaths", "Processes that relayed and died, and were replaced.", registry=registry
         )
         self.capture_failures = Counter(
             "userspace_proxy_capture_failures", "Times the kernel refused what was asked of it.", registry=registry

@@ -104,6 +104,11 @@ class Poller:
         else:
             _close(sock)
 
+    def unregister(self, sock: SocketType) -> None:
+        """Forget a socket that other processes hold as well: closed here alone, it would go on to fire."""
+        self._watchers.pop(sock.fileno(), None)
+        self._epoll.unregister(sock.fileno())
+
     def again(self, callback: Callable[[], None]) -> None:
         """Call back after everybody else had their turn: for a watcher that stops short of EAGAIN."""
         if not self._again:

@@ -13,13 +13,23 @@ from userspace_proxy.model import Endpoint, IPFamily, Portal, PortalKind, Protoc
 
 TEXT = '# HELP x An example.\nx{a="ü"} 1.0\n'
 PORTAL = Portal(IPFamily.IPV6, Protocol.TCP, "fd00::1", 80, PortalKind.CLUSTER_IP)
+
+
+async def exposition():
+    return TEXT.encode(), "text/plain; version=1.0.0; charset=utf-8"
+
+
+async def no_connections():
+    return []
+
+
 VIEWS = Views(
-    metrics=lambda: (TEXT.encode(), "text/plain; version=1.0.0; charset=utf-8"),
+    metrics=exposition,
     configz=Config().configz,
     services=lambda: [
         {"servicePort": "default/web:http", "portals": [str(PORTAL)], "endpoints": [Endpoint("127.0.0.1", 8081)]}
     ],
-    connections=list,
+    connections=no_connections,
 )
 
 
@@ -66,8 +76,11 @@ def test_connections(run):
 def test_views_are_asked_each_time(run):
     count = iter(range(10))
 
+    async def connections():
+        return [{"n": next(count)}]
+
     async def main():
-        views = Views(VIEWS.metrics, VIEWS.configz, VIEWS.services, lambda: [{"n": next(count)}])
+        views = Views(VIEWS.metrics, VIEWS.configz, VIEWS.services, connections)
         async with asking(views.app()) as client:
             return [json.loads((await client("/connections")).text) for _ in range(2)]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.proxy import ProxyThread, Servers, address, echo, eventually, listener, read_all
-from tests.sockets.conftest import Start
+from tests.sockets.conftest import Start, also_with_workers
 from userspace_proxy.metrics import Outcome, open_descriptors
 from userspace_proxy.model import IPFamily, Protocol
 
@@ -94,6 +94,7 @@ def test_an_urgent_mark_in_bulk_is_no_end(start: Start, splice: bool) -> None:
     assert received == [22_000_000]
 
 
+@also_with_workers
 def test_bytes_pass_both_ways(start: Start, family: IPFamily) -> None:
     proxy, client, server = pair(start, family)
     with client, server:
@@ -126,6 +127,7 @@ def test_the_end_of_file_travels_with_the_last_bytes(start: Start, family: IPFam
             assert received == 2  # the handshake's, and this one
 
 
+@also_with_workers
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 @pytest.mark.parametrize("first", ["client", "endpoint"])
 def test_half_close_lets_the_other_side_go_on(start: Start, first: str, splice: bool) -> None:
@@ -153,6 +155,7 @@ def test_half_close_lets_the_other_side_go_on(start: Start, first: str, splice: 
     assert proxy.ended() == {outcome: 1}
 
 
+@also_with_workers
 def test_a_forgotten_half_close_ends(start: Start) -> None:
     proxy, client, server = pair(start, half_close_timeout=0.4)
     with client, server:
@@ -167,6 +170,7 @@ def test_a_forgotten_half_close_ends(start: Start) -> None:
     assert proxy.ended() == {Outcome.HALF_CLOSE_TIMEOUT: 1}
 
 
+@also_with_workers
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 @pytest.mark.parametrize("writer", ["client", "endpoint"])
 def test_a_stalled_reader_stops_the_writer(start: Start, writer: str, splice: bool) -> None:
@@ -181,7 +185,7 @@ def test_a_stalled_reader_stops_the_writer(start: Start, writer: str, splice: bo
             while sent < 200 * MB:
                 sent += source.send(payload)
         assert sent < 100 * MB
-        [session] = proxy.call(proxy.sockets.sessions)
+        [session] = proxy.sessions()
         held = session["to_endpoint" if writer == "client" else "to_client"]
         assert held <= sent
         # Nothing was lost by the stall: every byte sent comes out.
@@ -189,6 +193,7 @@ def test_a_stalled_reader_stops_the_writer(start: Start, writer: str, splice: bo
         assert len(read_all(sink)) == sent
 
 
+@also_with_workers
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 @pytest.mark.parametrize("side", ["client", "endpoint"])
 def test_a_reset_reaches_the_other_side_as_a_reset(start: Start, side: str, splice: bool) -> None:
@@ -204,6 +209,7 @@ def test_a_reset_reaches_the_other_side_as_a_reset(start: Start, side: str, spli
     eventually(lambda: proxy.counts.active == 0)
 
 
+@also_with_workers
 @pytest.mark.parametrize("side", ["client", "endpoint"])
 def test_a_reset_after_end_of_file_is_noticed(start: Start, side: str) -> None:
     """The side that finished is gone altogether while the other has nothing to send: only its error tells."""
@@ -234,6 +240,7 @@ def test_a_client_that_resets_frees_a_connection_whose_endpoint_is_stalled(start
             pass
 
 
+@also_with_workers
 def test_an_early_answer_followed_by_a_reset_is_passed_on(start: Start) -> None:
     """A server answers before it has read everything, and closes: the answer arrives ahead of the reset."""
     _, client, server = pair(start)
@@ -306,6 +313,7 @@ def read_checking(sock: socket.socket, stream: Stream, rng: random.Random) -> in
     return got
 
 
+@also_with_workers
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 def test_random_writes_both_ways_arrive_whole(start: Start, splice: bool) -> None:
     for seed in range(5):
@@ -336,6 +344,7 @@ def test_random_writes_both_ways_arrive_whole(start: Start, splice: bool) -> Non
         assert results == {"client": total, "server": total}
 
 
+@also_with_workers
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 def test_killed_at_any_moment_there_is_never_a_wrong_byte_nor_a_clean_loss(start: Start, splice: bool) -> None:
@@ -399,6 +408,7 @@ def _reset(sock: socket.socket) -> None:
     sock.close()
 
 
+@also_with_workers
 def test_pipes_are_given_back_when_a_stream_runs_dry(start: Start) -> None:
     proxy, client, server = pair(start)
     with client, server:
@@ -414,7 +424,7 @@ def test_pipes_are_given_back_when_a_stream_runs_dry(start: Start) -> None:
             sending.join(10)
             assert digest.digest() == hashlib.sha256(payload).digest()
         # Two for the connection; what is left over are pipes in the pool, not one for each burst.
-        eventually(lambda: proxy.call(lambda: proxy.descriptors.used) <= 4)
+        eventually(lambda: proxy.counts.active and proxy.call(proxy.metrics.descriptors_in_use) <= 4)
 
 
 def test_an_idle_connection_holds_two_descriptors(start: Start) -> None:

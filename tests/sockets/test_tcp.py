@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from tests.proxy import Servers, address, echo, eventually, listener
-from tests.sockets.conftest import Start
+from tests.sockets.conftest import Start, also_with_workers
 from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Portal, PortalKind, Protocol
 from userspace_proxy.sockets import tcp
@@ -23,6 +23,7 @@ def answered(client: socket.socket) -> bool:
     return client.recv(1) == b"x"
 
 
+@also_with_workers
 def test_more_clients_at_once_than_one_turn_takes(start: Start, family: IPFamily) -> None:
     with Servers(echo, family) as endpoint:
         proxy = start(Protocol.TCP, family, [endpoint.address])
@@ -82,6 +83,7 @@ def test_the_kernel_out_of_descriptors_is_weather(start: Start) -> None:
             client.close()
 
 
+@also_with_workers
 def test_a_stranger_at_the_proxy_port_is_refused(start: Start, family: IPFamily) -> None:
     with Servers(echo, family) as endpoint:
         proxy = start(Protocol.TCP, family, [endpoint.address])
@@ -96,6 +98,7 @@ def test_a_stranger_at_the_proxy_port_is_refused(start: Start, family: IPFamily)
             assert answered(client)
 
 
+@also_with_workers
 def test_connections_outlive_their_socket(start: Start) -> None:
     with Servers(echo) as endpoint:
         proxy = start(Protocol.TCP, V4, [endpoint.address])
@@ -107,6 +110,7 @@ def test_connections_outlive_their_socket(start: Start) -> None:
             assert answered(client)
 
 
+@also_with_workers
 def test_connections_outlive_their_endpoints_removal(start: Start) -> None:
     with Servers(echo) as endpoint:
         proxy = start(Protocol.TCP, V4, [endpoint.address])
@@ -133,13 +137,14 @@ def test_clients_in_the_queue_when_the_last_endpoint_goes_are_told(start: Start)
     assert proxy.ended() == {Outcome.NO_ENDPOINTS: 1}
 
 
+@also_with_workers
 def test_bytes_of_live_connections_can_be_counted(start: Start) -> None:
     with Servers(echo) as endpoint:
         proxy = start(Protocol.TCP, V4, [endpoint.address])
         with proxy.connect() as client:
             assert answered(client)
             for _ in range(2):
-                proxy.call(proxy.sockets.count)
+                proxy.wait_for(proxy.path.count())
                 assert (proxy.counts.to_endpoint, proxy.counts.to_client) == (1, 1)
 
 

@@ -20,6 +20,9 @@ from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
 
+RESERVE = 128
+"""Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
+
 AF = {IPFamily.IPV4: int(socket.AF_INET), IPFamily.IPV6: int(socket.AF_INET6)}
 
 
@@ -68,12 +71,6 @@ class ProxySockets(typing.Protocol):
     def active(self) -> int:
         """Live sessions."""
 
-    def count(self) -> None:
-        """Bring the metrics up to this moment: live sessions are counted as they go, not as they end."""
-
-    def sessions(self) -> list[Session]:
-        """Every live session, for people."""
-
     def drain(self, on_idle: Callable[[], None]) -> None:
         """Take no new session from now on; call back once the last one has ended, at once if there is none."""
 
@@ -108,7 +105,9 @@ class Descriptors:
         self._resuming = True
         try:
             # Its clients may have left meanwhile, so the next one gets its turn as well.
-            while self._waiting and self.used + 2 <= self.limit:
+            for _ in range(len(self._waiting)):
+                if self.used + 2 > self.limit or not self._waiting:
+                    break
                 resume = next(iter(self._waiting))
                 del self._waiting[resume]
                 resume()
@@ -123,16 +122,26 @@ class Descriptors:
         self._waiting.pop(resume, None)
 
 
-def bind(family: IPFamily, kind: int, ip: str, port: int, *, beside_ours: bool = False) -> socket.socket:
+def bind(
+    family: IPFamily,
+    kind: int,
+    ip: str,
+    port: int,
+    *,
+    beside_ours: bool = False,
+    prepare: Callable[[socket.socket], None] = lambda _: None,
+) -> socket.socket:
     """A non-blocking socket bound to a port that is nobody else's. One family a socket: IPv6 ones are V6ONLY.
 
     `beside_ours`: share the port with a socket of ours that allows it (SO_REUSEPORT), to take its place
-    without letting go of the port in between. Raises PortError.
+    without letting go of the port in between. What `prepare` does to it is in force from the first packet on.
+    Raises PortError.
     """
     sock = socket.socket(AF[family], kind | socket.SOCK_NONBLOCK)
     try:
         if family is IPFamily.IPV6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        prepare(sock)
         if beside_ours:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if kind == socket.SOCK_STREAM:

@@ -74,7 +74,13 @@ class TCPSockets:
     def open(
         self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
     ) -> TCPSocket:
-        return TCPSocket(self, key, ip, port, balancer, metrics)
+        return TCPSocket(self, key, bind(key.family, socket.SOCK_STREAM, ip, port, prepare=prepare), balancer, metrics)
+
+    def adopt(
+        self, key: SocketKey, listener: SocketType, balancer: LoadBalancer, metrics: ServicePortMetrics
+    ) -> TCPSocket:
+        """Take the clients of a listener that another process made and sees to, until it is closed here."""
+        return TCPSocket(self, key, listener, balancer, metrics, adopted=True)
 
     @property
     def active(self) -> int:
@@ -203,37 +209,34 @@ class TCPSocket:
         self,
         shared: TCPSockets,
         key: SocketKey,
-        ip: str,
-        port: int,
+        listener: SocketType,
         balancer: LoadBalancer,
         metrics: ServicePortMetrics,
+        *,
+        adopted: bool = False,
     ) -> None:
         self.key = key
-        self.port = port
+        self.port: int = listener.getsockname()[1]
         self.balancer = balancer
         self.metrics = metrics
         self.dialer = shared.dialer(key.family, balancer, metrics)
         self._shared = shared
-        self._serving = False
+        self._adopted = adopted
+        self._serving = adopted
         self._paused = False
         self._resume = self._go_on
         self._places: frozenset[bytes] | None = None
         self._node_ports: frozenset[bytes] = frozenset()
         # One socket in all states. Bound to an explicit number it keeps the port when it stops listening; a port
         # from bind(0) would be lost then.
-        self._listener: SocketType = bind(key.family, socket.SOCK_STREAM, ip, port)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
-        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_keepalive(self._listener)
-        shared.poller.register(self._listener, self, EDGE_IN)
+        self._listener = listener
+        shared.poller.register(listener, self, EDGE_IN)
 
     def serve(self) -> None:
         if self._serving:
             return
         try:
-            # Inherited by connections, whose TIME_WAIT then does not keep a successor from binding this port.
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._listener.listen(BACKLOG)
+            listen(self._listener)
         except OSError as error:
             raise PortError(f"cannot listen on proxy port {self.port}: {error.strerror}") from error
         self._serving = True
@@ -244,10 +247,10 @@ class TCPSocket:
         self._shared.descriptors.forget(self._resume)
         # Clients that got as far as the queue get their answer from us; what is left there is reset.
         self._paused = False
-        self._accept()
+        if not self._adopted:
+            self._accept()
+            stop_listening(self._listener)
         self._serving = False
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         if portals is None:
@@ -259,6 +262,8 @@ class TCPSocket:
 
     def close(self) -> None:
         self.refuse()
+        if self._adopted:
+            self._shared.poller.unregister(self._listener)
         self._shared.poller.discard(self._listener)
 
     # -- accepting
@@ -293,17 +298,22 @@ class TCPSocket:
                 self._pause()
                 self._shared.poller.call_at(self._shared.poller.clock() + PAUSE, self._go_on)
                 return False
+            if error.errno == errno.EINVAL:
+                return False  # whoever we have the listener from has made it stop
             # A client that left while it waited (ECONNABORTED, EPROTO...): its place in the queue is gone, go on.
             self._shared.descriptors.give(2)
             return True
-        client = SocketType(AF[self.key.family], socket.SOCK_STREAM, 0, fd)
+        self.receive(SocketType(AF[self.key.family], socket.SOCK_STREAM, 0, fd), peer[0])
+        return True
+
+    def receive(self, client: SocketType, client_ip: str) -> None:
+        """Serve a client, for whom two descriptors have been taken, if it was sent here."""
         if self._places is not None and not self._came_through_a_portal(client):
             client.close()
             self.metrics.ended[Outcome.NOT_CAPTURED] += 1
             self._shared.descriptors.give(2)
-            return True
-        self._shared.take(self, client, peer[0])
-        return True
+        else:
+            self._shared.take(self, client, client_ip)
 
     def _came_through_a_portal(self, client: SocketType) -> bool:
         level, option, length, address = _ORIGINAL_DESTINATION[self.key.family]
@@ -322,6 +332,25 @@ class TCPSocket:
     def _go_on(self) -> None:
         self._paused = False
         self._accept()
+
+
+def prepare(listener: SocketType) -> None:
+    """Set what connections inherit."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_keepalive(listener)
+
+
+def listen(listener: SocketType) -> None:
+    # Inherited by connections, whose TIME_WAIT then does not keep a successor from binding this port.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.listen(BACKLOG)
+
+
+def stop_listening(listener: SocketType) -> None:
+    """Have clients refused; those that wait to be taken are reset."""
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
 
 def _describe(relay: Relay, tcp_socket: TCPSocket, now: float) -> Session:

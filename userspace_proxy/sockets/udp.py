@@ -127,15 +127,24 @@ class UDPSockets:
         self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
     ) -> UDPSocket:
         udp_socket = UDPSocket(self, key, ip, port, balancer, metrics)
+        # Bound on its own first, the claim has made sure that nobody shares the port; from here on its successors do,
+        # each beside the one whose place it takes.
+        udp_socket.hold(claim(key.family, socket.SOCK_DGRAM, ip, port))
+        self._sockets.add(udp_socket)
+        return udp_socket
+
+    def adopt(self, key: SocketKey, sock: SocketType, balancer: LoadBalancer, metrics: ServicePortMetrics) -> UDPSocket:
+        """Hear the clients of a socket that another process made and sees to, until it is closed here."""
+        ip, port = sock.getsockname()[:2]
+        udp_socket = UDPSocket(self, key, ip, port, balancer, metrics)
+        udp_socket.adopted = True
+        udp_socket.hear(sock)
         self._sockets.add(udp_socket)
         return udp_socket
 
     @property
     def active(self) -> int:
         return self._count
-
-    def count(self) -> None:
-        """Bring the metrics up to this moment: they are."""
 
     def sessions(self) -> list[Session]:
         now = self.poller.clock()
@@ -237,25 +246,26 @@ class UDPSocket:
         self.metrics = metrics
         self.shared = shared
         self.flows: dict[FlowKey, Flow] = {}
+        self.adopted = False
+        """Whether other processes hold the socket as well."""
         self._ip = ip
         self._sock: SocketType | None = None
         """Where clients are heard, while serving."""
-        # While refusing. Bound on its own first, it has made sure that nobody shares the port; from here on
-        # its successors do, each beside the one whose place it takes.
-        self._claim: SocketType | None = claim(key.family, socket.SOCK_DGRAM, ip, port)
-        self._claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._claim: SocketType | None = None
+        """What holds the port, while refusing."""
+
+    def hold(self, sock: SocketType) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._claim = sock
+
+    def hear(self, sock: SocketType) -> None:
+        self._sock = sock
+        self.shared.poller.register(sock, self, LEVEL_IN)
 
     def serve(self) -> None:
         if self._sock is not None:
             return
-        sock = bind(self.key.family, socket.SOCK_DGRAM, self._ip, self.port, beside_ours=True)
-        if self.key.family is IPFamily.IPV4:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        else:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-        self._sock = sock
-        self.shared.poller.register(sock, self, LEVEL_IN)
+        self.hear(bind(self.key.family, socket.SOCK_DGRAM, self._ip, self.port, beside_ours=True, prepare=prepare))
         if self._claim is not None:
             self._claim.close()
             self._claim = None
@@ -270,6 +280,8 @@ class UDPSocket:
         sock, self._sock = self._sock, None
         if sock is not None:
             self.end_flows(Outcome.CLOSED)
+            if self.adopted:
+                self.shared.poller.unregister(sock)
             self.shared.poller.discard(sock)
 
     def admit(self, portals: Collection[Portal] | None) -> None:
@@ -404,6 +416,15 @@ class UDPSocket:
 
     def _drop(self, error: OSError) -> None:
         self.metrics.drops[errno_name(error.errno or 0)] += 1
+
+
+def prepare(sock: SocketType) -> None:
+    """Have the kernel tell which address a datagram was sent to, and keep many."""
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
 
 
 def _from_where_it_came(family: IPFamily, pktinfo: bytes) -> list[tuple[int, int, bytes]]:

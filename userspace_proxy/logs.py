@@ -1,0 +1,46 @@
+"""What is logged, and how a line looks: text for people or JSON for machines, on stderr.
+
+The proxy's processes all write to the same stderr; those that relay beside the first one begin with their name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from userspace_proxy.config import LoggingFormat
+
+_DEBUG_AT = 2
+_CONNECTIONS_AT = 4
+
+
+def set_up(verbosity: int, logging_format: LoggingFormat, name: str = "") -> None:
+    """Connections are told of from -v=4 on, one line each."""
+    stream = logging.StreamHandler()
+    stream.setFormatter(_JSONLines(name) if logging_format is LoggingFormat.JSON else _lines(name))
+    logging.basicConfig(handlers=[stream], level=logging.WARNING, force=True)
+    logging.getLogger("userspace_proxy").setLevel(logging.DEBUG if verbosity >= _DEBUG_AT else logging.INFO)
+    sessions = logging.getLogger("userspace_proxy.sockets")
+    sessions.setLevel(logging.DEBUG if verbosity >= _CONNECTIONS_AT else logging.INFO)
+
+
+def _lines(name: str) -> logging.Formatter:
+    return logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname)-7s {name and f'{name}: '}%(message)s", "%H:%M:%S")
+
+
+class _JSONLines(logging.Formatter):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._origin = {"process": name} if name else {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')}",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            **self._origin,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

@@ -1,0 +1,281 @@
+"""A process that relays: an ordinary data path, on sockets that the control process made and sees to.
+
+Run as `python -m userspace_proxy.workers.worker DESCRIPTOR` by `pool`, whose messages it follows until the channel
+behind the descriptor ends. That is how it learns that the control process is gone, however it went: nobody could
+withdraw what was captured for it then, so it ends as well, and its sessions with a reset.
+
+It decides nothing about service ports. It never makes a socket listen, or stop: that state is shared by all who hold
+the socket. What it finds out about endpoints and has counted, it tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+import uvloop
+
+from userspace_proxy import logs
+from userspace_proxy.loadbalancer import LoadBalancer
+from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
+from userspace_proxy.model import Address, Endpoint, Protocol
+from userspace_proxy.sockets.base import AF, ProxySocket
+from userspace_proxy.sockets.path import DataPath
+from userspace_proxy.sockets.tcp import TCPSocket
+from userspace_proxy.workers.channel import Channel
+from userspace_proxy.workers.counting import Tally
+from userspace_proxy.workers.messages import (
+    Admit,
+    AskCounts,
+    AskSessions,
+    Balance,
+    Close,
+    Dialled,
+    Drain,
+    EndAll,
+    Idle,
+    Missed,
+    Open,
+    Refuse,
+    Report,
+    Serve,
+    Sessions,
+    Start,
+    Take,
+    ToWorker,
+)
+
+REPORT = 5.0
+"""Seconds between reports nobody asked for: what is not reported is not counted when this process dies."""
+
+
+class InOrder:
+    """Leaves endpoints in the order the control process gave them; chance otherwise."""
+
+    def __init__(self) -> None:
+        self.random = random.Random().random
+
+    def shuffle(self, x: list[Address], /) -> None:
+        pass
+
+
+class SharedBalancer(LoadBalancer):
+    """Tells what it learns of endpoints, and is told what others have learnt."""
+
+    __slots__ = ("_tell",)
+
+    def __init__(self, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
+        super().__init__(time.monotonic, InOrder(), max_ejection=max_ejection)
+        self._tell = tell
+
+    def failed(self, address: Address) -> bool:
+        news = super().failed(address)
+        if news:
+            self._tell(address, False)
+        return news
+
+    def succeeded(self, address: Address) -> bool:
+        news = super().succeeded(address)
+        if news:
+            self._tell(address, True)
+        return news
+
+    def hear(self, address: Address, worked: bool) -> None:
+        if worked:
+            super().succeeded(address)
+        else:
+            super().failed(address)
+
+
+class ServedHere:
+    """A service port in one family, in this worker."""
+
+    def __init__(self, opening: Open, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
+        self.key = opening.key
+        self.protocol = opening.protocol
+        self.balancer = SharedBalancer(max_ejection, tell)
+        self.metrics = ServicePortMetrics()
+        self.tally = Tally(opening.id, self.metrics, self.balancer)
+        self.portals: Admit | None = None
+        self.socket: ProxySocket | None = None
+
+    def let_go(self) -> None:
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+
+class Worker:
+    def __init__(self, sock: socket.socket, start: Start) -> None:
+        self.over = asyncio.Event()
+        self._channel: Channel[ToWorker] = Channel(sock, ToWorker, self._on_message, self.over.set)
+        self._metrics = Metrics()
+        self._path = DataPath(start.settings, self._metrics)
+        self._max_ejection = start.max_ejection
+        self._served: dict[int, ServedHere] = {}
+        self._sockets_held = 0
+        self._pauses_told = 0
+        self._steps: dict[type, Callable[[Any], None]] = {
+            Open: self._open,
+            Balance: self._balance,
+            Admit: self._admit,
+            Refuse: self._refuse,
+            Close: self._close,
+            Drain: self._drain,
+            EndAll: self._end_all,
+            AskCounts: lambda ask: self._report(ask.number),
+            AskSessions: self._tell_sessions,
+            Dialled: self._hear,
+        }
+        self._report_by_itself()
+
+    def _on_message(self, message: ToWorker, descriptor: int | None) -> None:
+        match message, descriptor:
+            case Serve(), int():
+                self._serve(message, descriptor)
+            case Take(), int():
+                self._take(message, descriptor)
+            case _:
+                self._steps[type(message)](message)
+
+    async def end(self) -> None:
+        for sockets in self._path.sockets.values():
+            sockets.end_all(Outcome.DRAIN_TIMEOUT)
+        await self._path.close()
+        self._channel.close()
+
+    # -- service ports
+
+    def _open(self, opening: Open) -> None:
+        def tell(address: Address, worked: bool) -> None:
+            self._channel.send(Dialled(opening.id, address, worked))
+
+        self._served[opening.id] = ServedHere(opening, self._max_ejection, tell)
+
+    def _balance(self, order: Balance) -> None:
+        balancer = self._served[order.id].balancer
+        balancer.configure(order.affinity, order.affinity_timeout)
+        balancer.update([Endpoint(ip, port) for ip, port in order.endpoints])
+        for address in order.ejected:
+            if address not in balancer.ejected:
+                balancer.hear(address, False)
+
+    def _admit(self, admit: Admit) -> None:
+        served = self._served[admit.id]
+        served.portals = admit
+        if served.socket is not None:
+            served.socket.admit(admit.portals)
+
+    def _serve(self, serve: Serve, descriptor: int) -> None:
+        if descriptor < 0:
+            self._channel.send(Missed(serve.id))
+            return
+        served = self._served[serve.id]
+        if served.socket is not None:  # it was offered again, and came through meanwhile
+            os.close(descriptor)
+            return
+        kind = socket.SOCK_STREAM if served.protocol is Protocol.TCP else socket.SOCK_DGRAM
+        sock = socket.socket(AF[served.key.family], kind, 0, descriptor)
+        adopt = self._path.tcp.adopt if served.protocol is Protocol.TCP else self._path.udp.adopt
+        served.socket = adopt(served.key, sock, served.balancer, served.metrics)
+        if served.portals is not None:
+            served.socket.admit(served.portals.portals)
+        self._hold(1)
+
+    def _take(self, take: Take, descriptor: int) -> None:
+        if descriptor < 0:
+            return  # the client has its reset already
+        served = self._served[take.id]
+        client = socket.socket(AF[served.key.family], socket.SOCK_STREAM, 0, descriptor)
+        if isinstance(served.socket, TCPSocket) and self._path.descriptors.take(2):
+            try:
+                served.socket.receive(client, client.getpeername()[0])
+            except OSError:  # it has left
+                self._path.descriptors.give(2)
+                client.close()
+        else:
+            client.close()
+
+    def _refuse(self, refuse: Refuse) -> None:
+        self._let_go(self._served[refuse.id])
+
+    def _close(self, close: Close) -> None:
+        self._let_go(self._served.pop(close.id))
+
+    def _let_go(self, served: ServedHere) -> None:
+        if served.socket is not None:
+            served.let_go()
+            self._hold(-1)
+
+    def _hold(self, more: int) -> None:
+        self._sockets_held += more
+        self._path.fit(self._sockets_held)
+
+    def _hear(self, news: Dialled) -> None:
+        served = self._served.get(news.id)
+        if served is not None:
+            served.balancer.hear(news.address, news.worked)
+
+    # -- sessions
+
+    def _drain(self, drain: Drain) -> None:
+        self._path.sockets[drain.protocol].drain(partial(self._tell_idle, drain.protocol))
+
+    def _tell_idle(self, protocol: Protocol) -> None:
+        self._channel.send(Idle(protocol))
+
+    def _end_all(self, end: EndAll) -> None:
+        self._path.sockets[end.protocol].end_all(end.outcome)
+
+    # -- what is told
+
+    def _report_by_itself(self) -> None:
+        self._report(0)
+        asyncio.get_running_loop().call_later(REPORT, self._report_by_itself)
+
+    def _report(self, number: int) -> None:
+        pauses, self._pauses_told = self._metrics.accept_pauses - self._pauses_told, self._metrics.accept_pauses
+        self._path.tcp.count()
+        growth = (served.tally.growth() for served in self._served.values())
+        self._channel.send(
+            Report(
+                number=number,
+                counts=tuple(counts for counts in growth if counts is not None),
+                active={protocol: sockets.active for protocol, sockets in self._path.sockets.items()},
+                accept_pauses=pauses,
+                descriptors_in_use=self._path.descriptors.used,
+            )
+        )
+
+    def _tell_sessions(self, ask: AskSessions) -> None:
+        self._channel.send(Sessions(ask.number, (*self._path.tcp.sessions(), *self._path.udp.sessions())))
+
+
+async def work(sock: socket.socket, start: Start) -> None:
+    worker = Worker(sock, start)
+    await worker.over.wait()
+    await worker.end()
+
+
+def main() -> None:
+    # Who stops the proxy may well signal all its processes; sessions are drained at the control process's word.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    start = msgspec.json.decode(sys.argv[2], type=Start)
+    logs.set_up(start.verbosity, start.logging_format, f"worker {start.index}")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work(sock, start))
+
+
+if __name__ == "__main__":
+    main()
