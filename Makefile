@@ -2,6 +2,7 @@
 # installed where that is possible. Another Python: make test PYTHON=python3.12
 #   make run ARGS="--capture=none"    more flags for the proxy
 #   make test ARGS="-k udp"           more options for pytest
+#   make bench ARGS="--only udp --rounds 1"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 help:
 	@echo 'make run     serve the example Services, with a few endpoints to talk to'
 	@echo 'make test    all checks and tests'
-	@echo 'make bench   measure, beside HAProxy'
+	@echo 'make bench   measure, beside HAProxy, nginx and socat'
 	@echo 'make lint    the checks alone: style, types, imports'
 	@echo 'make docs    write the pages that are made from code'
 	@echo 'make clean   remove what all this made'

@@ -1,11 +1,12 @@
 """Rounds: each peer in turn under each load, and what that used.
 
-All proxies of a round are there from its beginning, started anew, each toward an endpoint address that nobody
-has used before; under each load they take turns, in another order each round, so that whatever else the
-machine does meets them alike. Those whose turn it is not are idle.
+A stage of a round has a fresh network namespace. All its proxies are there from its beginning, started anew;
+under each load they take turns, in another order each round, so that whatever else the machine does meets
+them alike. Those whose turn it is not are idle.
 
-A run counts only if the proxy's own account of it agrees with the client's, and if nobody answers any more
-once the proxy is stopped. What the runs mean is `report`'s.
+A run counts only if the port its clients were led to is the proxy's own, if the proxy's account of it, where it
+keeps one, agrees with the client's, and if nobody answers any more once the proxy is stopped. What the runs mean is
+`report`'s.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import pathlib
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.loads import CONNECTIONS, ENDPOINT_PORTS, Load, Work
+from bench import namespace
+from bench.loads.base import Load, Subject, Work
 from bench.peers import Account, Peer, Running
-from bench.programs import CPU, BenchError, is_listening
+from bench.plan import Stage
+from bench.programs import CPU, BenchError, is_answering, is_listening
+from bench.services import Service, endpoints, services
 
-SETTLE = 0.3
+SETTLE = 0.2
 """Seconds for a proxy to see off the last connections, which belong to the run as the first do."""
 OVERHEAD = 1.05
+UNDER_WAY = 1100
 """More than the client counted, by so much, may have gone through: what was under way at the end of its time."""
 
 
@@ -33,69 +38,98 @@ class Run:
     """One peer under one load, once."""
 
     round: int
+    group: str
+    way: str
     peer: str
     load: str
-    work: Work
-    cpu: CPU | None
-    """Used by the proxy; None where there is none."""
-    account: Account | None
-    proxy: str = ""
-    """The command it was started by."""
+    figures: Mapping[str, float]
+    commands: Sequence[str]
+    """The proxy's, where there is one, and the client's."""
+    cpu: CPU | None = None
+    account: Account | None = None
+    problem: str = ""
+    """Why it does not count; there are no figures then."""
 
 
-def rounds(count: int, peers: Sequence[Peer], loads: Sequence[Load], seconds: int) -> Iterator[Run]:
-    for number in range(1, count + 1):
-        first = (number - 1) % len(peers)
-        yield from _round(number, (*peers[first:], *peers[:first]), loads, seconds)
+def relay(number: int, stage: Stage, peers: Sequence[Peer], seconds: float) -> Iterator[Run]:
+    """A stage of a round. `peers` are its own, in the order in which they take turns.
 
-
-def _round(number: int, peers: Sequence[Peer], loads: Sequence[Load], seconds: int) -> Iterator[Run]:
-    endpoints = {
-        peer.name: {name: (f"127.1.{number}.{place}", port) for name, port in ENDPOINT_PORTS.items()}
-        for place, peer in enumerate(peers, 1)
-    }
-    proxies: dict[str, Running | None] = {}
+    Raises BenchError if none of its runs are to be believed.
+    """
+    namespace.fresh()
+    offered = {peer.name: services(place) for place, peer in enumerate(peers, 1)}
+    proxies: dict[str, Running] = {}
     with contextlib.ExitStack() as stack:
-        for peer in peers:
-            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            proxies[peer.name] = stack.enter_context(peer.start(endpoints[peer.name], folder))
-        for load in loads:
-            for name, proxy in proxies.items():
-                if proxy is None:
-                    work = load.run(*endpoints[name][load.serves], seconds)
-                    yield Run(number, name, load.name, work, None, None)
-                else:
-                    yield _measured(number, name, load, proxy, seconds)
-    for name, proxy in proxies.items():
-        alive = [port for port in map(proxy.address, ENDPOINT_PORTS) if is_listening(*port)] if proxy else []
-        if alive:
-            raise BenchError(f"{name} is stopped but somebody answers at {alive}: who was measured?")
+        stack.enter_context(endpoints(_folder(stack)))
+        with contextlib.ExitStack() as started:
+            for peer in peers:
+                proxies[peer.name] = started.enter_context(peer.start(offered[peer.name], stage.way, _folder(started)))
+            for load in stage.group.loads:
+                for name, proxy in proxies.items():
+                    try:
+                        yield _measured(number, stage, name, load, proxy, offered[name], seconds)
+                    except BenchError as error:
+                        yield Run(number, stage.group.name, stage.way, name, load.name, {}, [], problem=str(error))
+        _nobody_answers(stage, proxies, offered)
 
 
-def _measured(number: int, peer: str, load: Load, proxy: Running, seconds: int) -> Run:
+def _folder(stack: contextlib.ExitStack) -> pathlib.Path:
+    return pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+
+
+def _measured(
+    number: int,
+    stage: Stage,
+    name: str,
+    load: Load,
+    proxy: Running,
+    offered: Mapping[str, Service],
+    seconds: float,
+) -> Run:
+    program, port = proxy.program(load.service), proxy.own_port(load.service)
+    protocol = offered[load.service].protocol
+    if program and port and not program.has(protocol, port):
+        raise BenchError(f"{protocol} port {port} is not {name}'s: who would be measured?")
+    subject = Subject(*proxy.address(load.service), program)
     relayed = proxy.account()
     # Innermost, so that asking for the account is not on the bill.
-    used = proxy.program.cpu()
-    work = load.run(*proxy.address(load.serves), seconds)
+    used = program.cpu() if program else None
+    work = load.run(subject, seconds)
     time.sleep(SETTLE)
-    used = proxy.program.cpu() - used
-    run = Run(number, peer, load.name, work, used, proxy.account() - relayed, shlex.join(proxy.program.command))
-    _audit(run)
-    return run
+    if program and used:
+        used = program.cpu() - used
+    account = proxy.account()
+    if account and relayed:
+        account -= relayed
+        _audit(name, work, account)
+    figures = dict(work.figures)
+    if used and work.units:
+        figures[load.cost] = used.total / work.units * (1e6 if " us/" in load.cost else 1)
+    commands = [*([shlex.join(program.command)] if program else []), work.command]
+    return Run(number, stage.group.name, stage.way, name, load.name, figures, commands, used, account)
 
 
-def _audit(run: Run) -> None:
+def _audit(peer: str, work: Work, account: Account) -> None:
     """The client's count and the proxy's must be of the same traffic."""
-    work, account = run.work, run.account
-    assert account is not None
     counts = {
         "connections": (work.connections, account.connections),
         "bytes to the endpoint": (work.to_endpoint, account.to_endpoint),
         "bytes to the client": (work.to_client, account.to_client),
     }
     for what, (wanted, found) in counts.items():
-        if wanted and not wanted <= found <= wanted * OVERHEAD + CONNECTIONS:
-            raise BenchError(
-                f"{run.peer} says it relayed {found:,} {what}, {work.command} counted {wanted:,}: "
-                "the load did not go through it, or through more than it"
-            )
+        if found < wanted:
+            raise BenchError(f"{peer} relayed {found:,} {what}, {work.command} counted {wanted:,}: not through it")
+    if account.connections > work.connections * OVERHEAD + UNDER_WAY > UNDER_WAY:
+        raise BenchError(
+            f"{peer} relayed {account.connections:,} connections, {work.command} made {work.connections:,}"
+        )
+
+
+def _nobody_answers(stage: Stage, proxies: Mapping[str, Running], offered: Mapping[str, Mapping[str, Service]]) -> None:
+    for name, proxy in proxies.items():
+        for service in {load.service for load in stage.group.loads}:
+            if proxy.own_port(service) is None:
+                continue
+            answers = is_listening if offered[name][service].protocol == "tcp" else is_answering
+            if answers(proxy.address(service)):
+                raise BenchError(f"{name} is stopped but somebody answers for {service}: who was measured?")

@@ -1,33 +1,41 @@
-"""Who is measured: this proxy, HAProxy, and no proxy at all.
+"""Who is measured: what a peer is, this proxy, and no proxy at all.
 
-A `Peer` is started toward endpoints and then tells where to connect, how much it has used and, by its own
-account, how much it has relayed: that is the evidence that a load went through it and nowhere else. Another
-peer is another class here and a line in `PEERS`.
+A `Peer` is started before services and then tells where to connect, how much it has used and, where it counts,
+how much it has relayed: that is the evidence that a load went through it and nowhere else. Other people's
+proxies are in `others`, and who is measured under what in `plan`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
+import enum
 import importlib.metadata
 import json
 import pathlib
 import re
 import shutil
-import socket
+import subprocess
 import sys
 import typing
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import userspace_proxy
-from bench.programs import Program, version
+from bench.programs import Address, BenchError, Program, version
+from bench.results import OURS
+from bench.services import Service
 
-Address = tuple[str, int]
-
-HEALTH_PORT = 10256
 METRICS_PORT = 10249
+
+
+class Way(enum.StrEnum):
+    """Which way clients come to a proxy."""
+
+    STRAIGHT = "straight"
+    """To its own port."""
+    CLUSTER = "cluster IP"
+    """To a cluster IP, by a rule of iptables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class Account:
     connections: int
     to_endpoint: int
     to_client: int
+    """In bytes."""
 
     def __sub__(self, earlier: Account) -> Account:
         return Account(
@@ -49,74 +58,128 @@ class Account:
 class Running(typing.Protocol):
     """A proxy at work."""
 
-    program: Program
+    def program(self, service: str) -> Program | None:
+        """What does the work of a service; None where it is nobody but the kernel."""
 
-    def address(self, name: str) -> Address:
-        """Where clients of the endpoint of this name connect to."""
+    def address(self, service: str) -> Address:
+        """Where clients of the service connect to."""
 
-    def account(self) -> Account: ...
+    def own_port(self, service: str) -> int | None:
+        """The port its own clients connect to or are led to."""
+
+    def account(self) -> Account | None:
+        """None if it doesn't count."""
 
 
 class Peer(typing.Protocol):
     name: str
-    version: str
+
+    def version(self) -> str: ...
 
     def start(
-        self, endpoints: Mapping[str, Address], folder: pathlib.Path
-    ) -> contextlib.AbstractContextManager[Running | None]:
-        """A running one, toward these endpoints by name; None where there is no proxy to speak of."""
+        self, services: Mapping[str, Service], way: Way, folder: pathlib.Path
+    ) -> contextlib.AbstractContextManager[Running]: ...
 
 
 class Direct:
-    """No proxy: what the load generator and the endpoints can do on this machine."""
+    """No proxy: what client and endpoint can do on this machine; to a cluster IP, the kernel translates."""
 
     name = "direct"
-    version = "no proxy"
+
+    def version(self) -> str:
+        return "no proxy"
 
     @contextlib.contextmanager
-    def start(self, endpoints: Mapping[str, Address], folder: pathlib.Path) -> Iterator[None]:
-        yield None
+    def start(self, services: Mapping[str, Service], way: Way, folder: pathlib.Path) -> Iterator[Running]:
+        if way is Way.CLUSTER:
+            for service in services.values():
+                ip, port = service.endpoints[0]
+                redirect(service, "DNAT", "--to-destination", f"{ip}:{port}")
+        yield _NoProxy({name: entrance(service, way, service.endpoints[0]) for name, service in services.items()})
+
+
+class _NoProxy:
+    def __init__(self, addresses: Mapping[str, Address]) -> None:
+        self._addresses = addresses
+
+    def program(self, service: str) -> None:
+        return None
+
+    def address(self, service: str) -> Address:
+        return self._addresses[service]
+
+    def own_port(self, service: str) -> None:
+        return None
+
+    def account(self) -> None:
+        return None
 
 
 class UserspaceProxy:
-    """This proxy, from this tree, on the interpreter that runs this."""
+    """This proxy, from this tree, on the interpreter that runs this.
 
-    name = "userspace-proxy"
+    One with other flags has another name, and another port for its pages. Two cannot capture side by side.
+    """
 
-    def __init__(self, place: Sequence[str]) -> None:
+    def __init__(
+        self, place: Sequence[str], *, name: str = OURS, flags: Sequence[str] = (), metrics_port: int = METRICS_PORT
+    ) -> None:
+        self.name = name
         self._place = place
+        self._flags = flags
+        self._metrics_port = metrics_port
+
+    def version(self) -> str:
         python, uvloop = sys.version.split()[0], importlib.metadata.version("uvloop")
-        self.version = f"{userspace_proxy.__version__} ({_commit()}), Python {python}, uvloop {uvloop}"
+        return f"{userspace_proxy.__version__} ({_commit()}), Python {python}, uvloop {uvloop}"
 
     @contextlib.contextmanager
-    def start(self, endpoints: Mapping[str, Address], folder: pathlib.Path) -> Iterator[Running]:
+    def start(self, services: Mapping[str, Service], way: Way, folder: pathlib.Path) -> Iterator[Running]:
         manifest = folder / "services.json"
-        items = [item for name, address in endpoints.items() for item in _manifest(name, address)]
-        manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+        write_manifest(manifest, [item for service in services.values() for item in objects(service)])
+        with self.serve(manifest, way, folder) as program:
+            program.wait_until(self.is_ready, "ready")
+            yield _RunningUserspaceProxy(program, services, way, self._metrics_port)
+
+    def serve(self, manifests: pathlib.Path, way: Way, folder: pathlib.Path) -> Program:
+        """The command, started and not waited for."""
+        # A proxy port that only loopback has cannot be captured, one that nobody captures need not be seen.
+        capture, bind = ("iptables", "0.0.0.0") if way is Way.CLUSTER else ("none", "127.0.0.1")
         flags = {
-            "--manifests": manifest,
-            "--capture": "none",
-            "--bind-address": "127.0.0.1",
-            "--metrics-bind-address": f"127.0.0.1:{METRICS_PORT}",
-            "--healthz-bind-address": f"127.0.0.1:{HEALTH_PORT}",
+            "--manifests": manifests,
+            "--capture": capture,
+            "--bind-address": bind,
+            "--metrics-bind-address": f"127.0.0.1:{self._metrics_port}",
+            "--healthz-bind-address": f"127.0.0.1:{self._metrics_port + 1}",
         }
-        command = [*self._place, sys.executable, "-m", "userspace_proxy", *(f"{k}={v}" for k, v in flags.items())]
-        with Program(command, folder) as program:
-            program.wait_until(lambda: _get(HEALTH_PORT, "/readyz") is not None, "ready")
-            yield _RunningUserspaceProxy(program)
+        words = (*(f"{flag}={value}" for flag, value in flags.items()), *self._flags)
+        return Program([*self._place, sys.executable, "-m", "userspace_proxy", *words], folder)
+
+    def is_ready(self) -> bool:
+        return _get(self._metrics_port + 1, "/readyz") is not None
 
 
 class _RunningUserspaceProxy:
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        rows = json.loads(_get(METRICS_PORT, "/services") or "[]")
-        self._addresses = {row["name"]: ("127.0.0.1", int(row["proxyPort"])) for row in rows}
+    def __init__(self, program: Program, services: Mapping[str, Service], way: Way, metrics_port: int) -> None:
+        self._program = program
+        self._metrics_port = metrics_port
+        rows = json.loads(_get(metrics_port, "/services") or "[]")
+        self._ports = {row["name"].rpartition("/")[2]: int(row["proxyPort"]) for row in rows}
+        self._addresses = {
+            name: entrance(service, way, ("127.0.0.1", self._ports[name])) for name, service in services.items()
+        }
 
-    def address(self, name: str) -> Address:
-        return self._addresses[name]
+    def program(self, service: str) -> Program:
+        return self._program
+
+    def address(self, service: str) -> Address:
+        return self._addresses[service]
+
+    def own_port(self, service: str) -> int:
+        return self._ports[service]
 
     def account(self) -> Account:
-        text = _get(METRICS_PORT, "/metrics") or ""
+        text = _get(self._metrics_port, "/metrics") or ""
 
         def total(sample: str) -> int:
             values = re.findall(rf"^userspace_proxy_{sample}.*\}} (\S+)$", text, re.MULTILINE)
@@ -129,114 +192,6 @@ class _RunningUserspaceProxy:
         )
 
 
-class HAProxy:
-    """Debian's HAProxy with one thread, relaying TCP as we do; `splice` lets it use splice(2) as well."""
-
-    _CONFIG = """
-global
-    nbthread 1
-    maxconn 4096
-    stats socket {stats} mode 600
-defaults
-    mode tcp
-    timeout connect 5s
-    timeout client 60s
-    timeout server 60s
-{options}
-"""
-    _LISTEN = """
-listen {name}
-    bind 127.0.0.1:{port}
-    server endpoint {ip}:{endpoint_port}
-"""
-
-    def __init__(self, place: Sequence[str], *, splice: bool) -> None:
-        self._place = place
-        self.name = "haproxy-splice" if splice else "haproxy"
-        self.version = version("haproxy", "-v")
-        self._options = "    option splice-auto" if splice else ""
-        self._first_port = 9180 if splice else 9080
-
-    @contextlib.contextmanager
-    def start(self, endpoints: Mapping[str, Address], folder: pathlib.Path) -> Iterator[Running]:
-        stats = folder / "haproxy.sock"
-        addresses = {name: ("127.0.0.1", port) for port, name in enumerate(endpoints, self._first_port)}
-        config = folder / "haproxy.cfg"
-        config.write_text(
-            self._CONFIG.format(stats=stats, options=self._options)
-            + "".join(
-                self._LISTEN.format(name=name, port=addresses[name][1], ip=ip, endpoint_port=port)
-                for name, (ip, port) in endpoints.items()
-            )
-        )
-        with Program([*self._place, "haproxy", "-db", "-f", str(config)], folder) as program:
-            running = _RunningHAProxy(program, stats, addresses)
-            program.wait_until(running.is_up, "ready")
-            yield running
-
-
-class _RunningHAProxy:
-    def __init__(self, program: Program, stats: pathlib.Path, addresses: Mapping[str, Address]) -> None:
-        self.program = program
-        self._stats = stats
-        self._addresses = addresses
-
-    def is_up(self) -> bool:
-        try:
-            return bool(self._rows())
-        except OSError:
-            return False
-
-    def address(self, name: str) -> Address:
-        return self._addresses[name]
-
-    def account(self) -> Account:
-        rows = self._rows()
-        return Account(*(sum(int(row[column]) for row in rows) for column in ("stot", "bin", "bout")))
-
-    def _rows(self) -> list[dict[str, str]]:
-        """What its frontends count."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(5)
-            sock.connect(str(self._stats))
-            sock.sendall(b"show stat -1 1 -1\n")
-            with sock.makefile() as answer:
-                return list(csv.DictReader(answer.read().removeprefix("# ").splitlines()))
-
-
-PEERS: Mapping[str, Callable[[Sequence[str]], Peer]] = {
-    "userspace-proxy": UserspaceProxy,
-    "haproxy": lambda place: HAProxy(place, splice=False),
-    "haproxy-splice": lambda place: HAProxy(place, splice=True),
-    "direct": lambda _place: Direct(),
-}
-"""By name. Made of the words that a command begins with to be run where proxies are, and not before they are asked
-for, so that nobody needs what is not measured."""
-
-
-def _manifest(name: str, address: Address) -> list[dict[str, object]]:
-    """A Service that nothing captures, and its one endpoint."""
-    ip, port = address
-    about = {"name": name, "namespace": "bench", "labels": {"kubernetes.io/service-name": name}}
-    service = {"clusterIP": f"127.96.0.{port % 250 + 1}", "ports": [{"port": port, "protocol": "TCP"}]}
-    return [
-        {"apiVersion": "v1", "kind": "Service", "metadata": about, "spec": service},
-        {
-            "apiVersion": "discovery.k8s.io/v1",
-            "kind": "EndpointSlice",
-            "metadata": about,
-            "addressType": "IPv4",
-            "ports": [{"name": "", "port": port, "protocol": "TCP"}],
-            "endpoints": [{"addresses": [ip], "conditions": {"ready": True}}],
-        },
-    ]
-
-
-def _commit() -> str:
-    told = version("git", "describe", "--always", "--dirty") if shutil.which("git") else ""
-    return f"commit {told}" if told and not told.startswith("fatal") else "commit unknown"
-
-
 def _get(port: int, path: str) -> str | None:
     """A page of this proxy, or None while it has none."""
     try:
@@ -244,3 +199,55 @@ def _get(port: int, path: str) -> str | None:
             return bytes(answer.read()).decode()
     except OSError:  # URLError and HTTPError are among them
         return None
+
+
+def entrance(service: Service, way: Way, own: Address) -> Address:
+    return service.cluster if way is Way.CLUSTER else own
+
+
+def redirect(service: Service, *target: str) -> None:
+    """Lead clients of the cluster IP to a target of the nat table. The rule goes with the namespace."""
+    ip, port = service.cluster
+    rule = ["-d", ip, "-p", service.protocol, "--dport", str(port), "-j", *target]
+    command = ["iptables-legacy", "-w", "-t", "nat", "-A", "OUTPUT", *rule]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"{' '.join(command)}: {done.stderr}")
+
+
+def objects(service: Service) -> Iterator[Mapping[str, object]]:
+    """A Service and its EndpointSlices, one for each port number that its endpoints have."""
+    ip, port = service.cluster
+    about = {"name": service.name, "namespace": "bench", "labels": {"kubernetes.io/service-name": service.name}}
+    protocol = service.protocol.upper()
+    yield {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": about,
+        "spec": {"clusterIP": ip, "ports": [{"port": port, "protocol": protocol}]},
+    }
+    for number in sorted({endpoint[1] for endpoint in service.endpoints}):
+        yield {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": about | {"name": f"{service.name}-{number}"},
+            "addressType": "IPv4",
+            "ports": [{"name": "", "port": number, "protocol": protocol}],
+            "endpoints": [
+                {"addresses": [address], "conditions": {"ready": True}}
+                for address, its_port in service.endpoints
+                if its_port == number
+            ],
+        }
+
+
+def write_manifest(path: pathlib.Path, items: Sequence[Mapping[str, object]]) -> None:
+    """In one rename, as editors and tools do."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+    new.rename(path)
+
+
+def _commit() -> str:
+    told = version("git", "describe", "--always", "--dirty") if shutil.which("git") else ""
+    return f"commit {told}" if told and not told.startswith("fatal") else "commit unknown"

@@ -1,135 +1,130 @@
-"""What the runs come to: figures, each with its median, spread and ratio, as a table and as JSON.
+"""How results are told: a table for people (Markdown), a page with pictures (HTML), everything for machines (JSON).
 
-A `Figure` makes a number of a run. What counts is the ratio of the medians, ours by the reference's: a burst of
-something else on the machine spoils single runs, and a round's own ratio with them; the lowest and highest of
-those are shown beside it. Another figure is another line in `FIGURES`.
+Tables are lists of rows of text first, and rendered either way; what the numbers are is decided in `results`.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-import statistics
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.measure import Run
+from bench.plan import GROUPS
+from bench.results import CLUSTER, OURS, STRAIGHT, TARGETS, Cell, Results, short
 
-OURS = "userspace-proxy"
-REFERENCE = "haproxy"
+if typing.TYPE_CHECKING:
+    from bench.measure import Run
 
-
-class Target(typing.NamedTuple):
-    """What the ratio ours / reference must not be above, or below."""
-
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def is_met(self, ratio: float) -> bool:
-        return (self.at_most is None or ratio <= self.at_most) and (self.at_least is None or ratio >= self.at_least)
-
-    def __str__(self) -> str:
-        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    title: str
-    unit: str
-    load: str
-    value: Callable[[Run], float | None]
-    """None where a run has no such number."""
-    digits: int
-    target: Target | None = None
-
-
-def _cpu_per(count: Callable[[Run], float], scale: float) -> Callable[[Run], float | None]:
-    return lambda run: run.cpu.total / count(run) * scale if run.cpu else None
-
-
-def _rate(count: Callable[[Run], float], scale: float = 1) -> Callable[[Run], float | None]:
-    return lambda run: count(run) / run.work.seconds * scale
-
-
-def _requests(run: Run) -> float:
-    return run.work.requests
-
-
-def _bytes(run: Run) -> float:
-    return run.work.to_endpoint
-
-
-FIGURES: Sequence[Figure] = (
-    Figure("CPU per request", "us", "keep-alive", _cpu_per(_requests, 1e6), 2, Target(at_most=1.1)),
-    Figure("requests", "1/s", "keep-alive", _rate(_requests), 0),
-    Figure("CPU per connection", "us", "connections", _cpu_per(_requests, 1e6), 1, Target(at_most=1.4)),
-    Figure("connections", "1/s", "connections", _rate(_requests), 0),
-    Figure("bulk throughput", "Gbit/s", "bulk", _rate(_bytes, 8e-9), 2, Target(at_least=1.2)),
-    Figure("CPU per gigabyte", "ms", "bulk", _cpu_per(_bytes, 1e12), 0),
+Rows = Sequence[Sequence[str]]
+EXPLAINED = (
+    "Each cell: median of the rounds (lowest..highest). Ratios are those of the medians (lowest..highest of single "
+    "rounds). CPU is the proxy's alone, user and system."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """What comes of all rounds, and of the single one at least and at most."""
-
-    median: float
-    low: float
-    high: float
-
-    def show(self, digits: int) -> str:
-        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f}..{self.high:,.{digits}f})"
+class Section:
+    title: str
+    rows: Rows
+    notes: Sequence[str]
+    """Commands, one a line."""
 
 
-def spread(figure: Figure, runs: Sequence[Run], peer: str) -> Spread | None:
-    values = _by_round(figure, runs, peer).values()
-    return Spread(statistics.median(values), min(values), max(values)) if values else None
+def save(folder: pathlib.Path, runs: Sequence[Run], about: Mapping[str, typing.Any]) -> str:
+    """Write all files into the folder; returns what there is to print."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(runs)
+    document = {**about, "targets": _verdicts(results), "runs": [dataclasses.asdict(run) for run in runs]}
+    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    found = sections(results, runs)
+    text = "\n".join(_markdown(found, about))
+    (folder / "table.md").write_text(text)
+    pictures: Sequence[pathlib.Path] = ()
+    if importlib.util.find_spec("matplotlib"):
+        from bench import pictures as drawing  # here, because nothing else needs matplotlib
+
+        pictures = drawing.draw(folder, results)
+    (folder / "index.html").write_text(_page(found, about, pictures))
+    return "\n\n".join(f"{section.title}\n\n{_table(section.rows)}" for section in found)
 
 
-def ratio(figure: Figure, runs: Sequence[Run]) -> Spread | None:
-    """Ours by the reference's: of the medians, and of the single rounds."""
-    ours, theirs = (_by_round(figure, runs, peer) for peer in (OURS, REFERENCE))
-    single = [ours[number] / theirs[number] for number in ours if number in theirs]
-    if not single:
-        return None
-    return Spread(statistics.median(ours.values()) / statistics.median(theirs.values()), min(single), max(single))
+def one_line(run: Run) -> str:
+    told = (
+        ", ".join(f"{short(value)} {figure}" for figure, value in run.figures.items()) or f"NOT COUNTED: {run.problem}"
+    )
+    return f"{run.group:11} {run.way:10} {run.peer:16} {run.load:22} {told}"
 
 
-def _by_round(figure: Figure, runs: Sequence[Run], peer: str) -> dict[int, float]:
-    found = ((run.round, figure.value(run)) for run in runs if (run.peer, run.load) == (peer, figure.load))
-    return {number: value for number, value in found if value is not None}
+def sections(results: Results, runs: Sequence[Run]) -> list[Section]:
+    groups = {group.name: (group.title, group.reference) for group in GROUPS}
+    targets = _targets(results)
+    found = [Section("Targets", targets, ())] if len(targets) > 1 else []
+    for group, way in dict.fromkeys((run.group, run.way) for run in runs):
+        title, reference = groups.get(group, ("Many services", ""))
+        how = "straight to the proxy port" if way == STRAIGHT else "by cluster IP"
+        of_it = [run for run in runs if (run.group, run.way, run.round) == (group, way, 1)]
+        found.append(Section(f"{title}, {how}", _figures(results, group, way, reference), _commands(of_it)))
+    return found
 
 
-def verdict(figure: Figure, of_rounds: Spread | None) -> str:
-    if figure.target is None or of_rounds is None:
-        return ""
-    return f"{figure.target}: {'met' if figure.target.is_met(of_rounds.median) else 'MISSED'}"
-
-
-def table(runs: Sequence[Run], peers: Sequence[str]) -> str:
-    """Markdown that can be read as it is. Each cell: median (lowest..highest)."""
-    rows = [["", *peers, f"{OURS} / {REFERENCE}", "target"]]
-    for figure in FIGURES:
-        cells = [spread(figure, runs, peer) for peer in peers]
-        if not any(cells):
+def _targets(results: Results) -> list[list[str]]:
+    rows = [["", "target", STRAIGHT, f"by {CLUSTER}", ""]]
+    for target in TARGETS:
+        found = {way: target.found(results, way) for way in target.ways}
+        first = found[target.ways[0]]
+        if first is None:
             continue
-        compared = ratio(figure, runs)
-        rows.append(
-            [
-                f"{figure.title}, {figure.unit}",
-                *(cell.show(figure.digits) if cell else "-" for cell in cells),
-                compared.show(2) if compared else "-",
-                verdict(figure, compared),
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"| {line} |" for line in lines)
+        cells = [str(spread) if (spread := found.get(way)) else "-" for way in (STRAIGHT, CLUSTER)]
+        rows.append([target.title, str(target), *cells, "met" if target.is_met(first.median) else "MISSED"])
+    return rows
+
+
+def _verdicts(results: Results) -> list[dict[str, object]]:
+    return [
+        {
+            "title": target.title,
+            "target": str(target),
+            "way": way,
+            "found": found._asdict(),
+            "met": target.is_met(found.median),
+        }
+        for target in TARGETS
+        for way in target.ways
+        if (found := target.found(results, way))
+    ]
+
+
+def _figures(results: Results, group: str, way: str, reference: str) -> list[list[str]]:
+    peers = results.peers(group, way)
+    peers.sort(key=lambda peer: peer != OURS)
+    compared = reference in peers and OURS in peers
+    rows = [["", "", *peers, *([f"{OURS} / {reference}"] if compared else [])]]
+    last = ""
+    for load, figure in results.rows(group, way):
+        spreads = [results.spread(Cell(group, load, figure, peer), way) for peer in peers]
+        row = ["" if load == last else load, figure, *(str(spread) if spread else "-" for spread in spreads)]
+        if compared:
+            of_both = results.ratio(Cell(group, load, figure), Cell(group, load, figure, reference), way)
+            row.append(str(of_both) if of_both else "-")
+        rows.append(row)
+        last = load
+    return rows
+
+
+def _commands(runs: Sequence[Run]) -> list[str]:
+    """The proxies', and the clients' as they were for the first of them; JSON has each."""
+    proxies = dict.fromkeys(f"{run.peer}: {run.commands[0]}" for run in runs if run.commands and run.peer != "direct")
+    first = runs[0].peer if runs else ""
+    clients = dict.fromkeys(run.commands[-1] for run in runs if run.peer == first and len(run.commands) > 1)
+    return [*proxies, *clients]
 
 
 def machine() -> dict[str, str]:
@@ -145,54 +140,83 @@ def machine() -> dict[str, str]:
     }
 
 
-def describe(about: Mapping[str, typing.Any], runs: Sequence[Run]) -> list[str]:
-    """What the table was measured on, and how, as lines of Markdown."""
-    lines = [
-        f"Begun {about['started']}: {about['rounds']} rounds, {about['seconds']} s for each load.",
-        "In the table: median (lowest..highest); the ratio is that of the medians (lowest..highest of single rounds).",
-        "",
-        *(f"- {what}: {value}" for what, value in (about["machine"] | about["versions"]).items()),
-        "",
-    ]
-    for peer in dict.fromkeys(run.peer for run in runs):
-        its = [run for run in runs if run.peer == peer and run.round == 1]
-        lines += [f"{peer}:", "", *(f"    {command}" for command in _commands(its)), ""]
-    return lines[:-1]
-
-
-def _commands(runs: Sequence[Run]) -> list[str]:
-    """The proxy's, if there is one, then each load's."""
-    return [*dict.fromkeys(run.proxy for run in runs if run.proxy), *(run.work.command for run in runs)]
-
-
-def document(runs: Sequence[Run], peers: Sequence[str], about: Mapping[str, object]) -> dict[str, object]:
-    """Everything, for machines."""
-    figures = []
-    for figure in FIGURES:
-        compared = ratio(figure, runs)
-        figures.append(
-            {
-                "title": figure.title,
-                "unit": figure.unit,
-                "load": figure.load,
-                "peers": {peer: _numbers(values) for peer in peers if (values := spread(figure, runs, peer))},
-                "ratio": _numbers(compared) if compared else None,
-                "target": str(figure.target) if figure.target else None,
-                "met": figure.target.is_met(compared.median) if figure.target and compared else None,
-            }
-        )
-    return {**about, "figures": figures, "runs": [dataclasses.asdict(run) for run in runs]}
-
-
-def write(folder: pathlib.Path, result: Mapping[str, object], text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "table.md").write_text(text + "\n")
-
-
-def _numbers(values: Spread) -> dict[str, float]:
-    return {"median": values.median, "min": values.low, "max": values.high}
-
-
 def _lines(path: str) -> list[str]:
     return pathlib.Path(path).read_text().splitlines()
+
+
+# -- rendering
+
+
+def _about(about: Mapping[str, typing.Any]) -> list[str]:
+    lines = [f"{what}: {value}" for what, value in (about["machine"] | about["versions"]).items()]
+    return [*lines, *(f"not counted: {problem}" for problem in about["not counted"])]
+
+
+def _begun(about: Mapping[str, typing.Any]) -> str:
+    return (
+        f"Begun {about['started']}, {about['minutes']} minutes: {about['rounds']} rounds, {about['seconds']:g} s for "
+        f"each load. {EXPLAINED}"
+    )
+
+
+def _markdown(found: Sequence[Section], about: Mapping[str, typing.Any]) -> list[str]:
+    lines = ["# Results", "", _begun(about), ""]
+    for section in found:
+        lines += [f"## {section.title}", "", _table(section.rows), ""]
+        if section.notes:
+            lines += [*(f"    {note}" for note in section.notes), ""]
+    return [*lines, "## Measured on and with", "", *(f"- {line}" for line in _about(about)), ""]
+
+
+def _table(rows: Rows) -> str:
+    """Markdown that can be read as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1300px; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #ddd; padding: 3px 10px; text-align: left; white-space: nowrap }
+td span { color: #888 } img { max-width: 100% } pre { font-size: 12px; overflow-x: auto; background: #f6f6f6 }
+.MISSED { color: #b00; font-weight: bold } .met { color: #070 }
+"""
+
+
+def _page(found: Sequence[Section], about: Mapping[str, typing.Any], pictures: Sequence[pathlib.Path]) -> str:
+    """One file, nothing fetched from anywhere."""
+    parts = [f"<h1>userspace-proxy beside its peers</h1><p>{html.escape(_begun(about))}</p>"]
+    for section in found:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>{_html_table(section.rows)}")
+        if section.title == "Targets":
+            parts += [_image(picture) for picture in pictures]
+        if section.notes:
+            commands = html.escape("\n".join(section.notes))
+            parts.append(f"<details><summary>commands</summary><pre>{commands}</pre></details>")
+    if not any(section.title == "Targets" for section in found):
+        parts += [_image(picture) for picture in pictures]
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in _about(about))
+    parts.append(f"<h2>Measured on and with</h2><ul>{items}</ul>")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>userspace-proxy: bench</title><style>{_STYLE}'
+    return f"{head}</style>\n" + "\n".join(parts) + "</html>\n"
+
+
+def _html_table(rows: Rows) -> str:
+    head, *body = rows
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in body]
+    return "\n".join([*lines, "</table>"])
+
+
+def _html_cell(text: str) -> str:
+    median, bracket, rest = html.escape(text).partition(" (")
+    if text in {"met", "MISSED"}:
+        return f'<td class="{text}">{text}</td>'
+    return f"<td>{median}{f' <span>({rest}</span>' if bracket else ''}</td>"
+
+
+def _image(picture: pathlib.Path) -> str:
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return f'<p><img alt="{picture.stem}" src="data:image/png;base64,{data}"></p>'

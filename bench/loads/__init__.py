@@ -1,0 +1,1 @@
+"""What is done to a proxy: one module for each kind of load."""
