@@ -31,7 +31,8 @@ from userspace_proxy.proxier import Proxier
 from userspace_proxy.sockets.base import Descriptors, ProxySockets, Session
 from userspace_proxy.sockets.tcp import TCPSockets
 from userspace_proxy.sockets.udp import UDPSockets
-from userspace_proxy.sources.manifests import ManifestSource
+from userspace_proxy.sources import choose as sources
+from userspace_proxy.sources.base import Source
 from userspace_proxy.table import render
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Signals:
 class App:
     """One running proxy. `run` is all there is to call."""
 
-    def __init__(self, config: Config, capture: Capture, signals: Signals) -> None:
+    def __init__(self, config: Config, source: Source, capture: Capture, signals: Signals) -> None:
         self._config = config
         self._signals = signals
         self._capture = capture
@@ -90,7 +91,7 @@ class App:
                 self._poller, self._descriptors, idle_timeout=config.udp_timeout, max_flows=config.max_udp_flows
             ),
         }
-        self._source = ManifestSource(config.manifests)
+        self._source = source
         self._proxier = Proxier(
             capture,
             self._sockets,
@@ -208,9 +209,10 @@ async def serve(config: Config) -> None:
     """Run a proxy until a signal ends it. Raises ConfigError, or CaptureError if the capture asked for cannot work."""
     signals = Signals()
     signals.watch()  # before anything is put into the kernel: from here on the end is an orderly one
+    source = sources.choose(config)
     capture = await choose(config.capture, bind_address=config.bind_address, nodeport_cidrs=config.nodeport_addresses)
     try:
-        app = App(config, capture, signals)
+        app = App(config, source, capture, signals)
     except BaseException:
         await capture.close()
         raise
