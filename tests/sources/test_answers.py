@@ -99,7 +99,7 @@ def test_an_object_that_cannot_be_taken_over_still_has_its_name(value):
 
 
 def test_an_object_without_bottom():
-    found = read_object(SERVICES, msgspec.Raw(b"[" * 5000 + b"]" * 5000))
+    found = read_object(SERVICES, msgspec.Raw(b"[" * 100_000 + b"]" * 100_000))
     assert isinstance(found, Unreadable)
     assert found.name == ""
 
