@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from userspace_proxy.config import CaptureWay, Config, LoggingFormat, PortRange, Show, parse, settings
+from userspace_proxy.config import CaptureWay, Config, ContentType, LoggingFormat, PortRange, Show, parse, settings
 from userspace_proxy.exceptions import ConfigError
 from userspace_proxy.flags import Address
 
 M = "--manifests=m"
+SOURCES = ("manifests", "kubeconfig", "master")
 
 
 def problems(*argv: str) -> tuple[str, ...]:
@@ -32,6 +33,14 @@ def test_defaults():
     assert parse([M]) == Config(manifests=(pathlib.Path("m"),))
     assert Config() == Config(
         manifests=(),
+        kubeconfig="",
+        master="",
+        hostname_override="",
+        state_dir=None,
+        config_sync_period=900.0,
+        kube_api_qps=5.0,
+        kube_api_burst=10,
+        kube_api_content_type=ContentType.JSON,
         capture=CaptureWay.AUTO,
         bind_address="0.0.0.0",
         proxy_port_range=None,
@@ -62,6 +71,14 @@ def test_it_is_a_value_that_does_not_change():
 
 GOOD = [
     (["--manifests", "a", "--manifests=b,c"], "manifests", (pathlib.Path("m"), pathlib.Path("a"), pathlib.Path("b,c"))),
+    (["--hostname-override", " Node-1 "], "hostname_override", "node-1"),
+    (["--state-dir=/x"], "state_dir", pathlib.Path("/x")),
+    (["--state-dir="], "state_dir", None),
+    (["--config-sync-period=1m"], "config_sync_period", 60.0),
+    (["--kube-api-qps=2.5"], "kube_api_qps", 2.5),
+    (["--kube-api-qps=-1"], "kube_api_qps", -1.0),
+    (["--kube-api-burst=0"], "kube_api_burst", 0),
+    (["--kube-api-content-type=application/vnd.kubernetes.protobuf"], "kube_api_content_type", ContentType.PROTOBUF),
     (["--capture=none"], "capture", CaptureWay.NONE),
     (["--capture", "iptables"], "capture", CaptureWay.IPTABLES),
     (["--bind-address=192.0.2.1"], "bind_address", "192.0.2.1"),
@@ -127,6 +144,14 @@ def test_good_values(argv, field, value):
 
 BAD = {
     "manifests": {"": "an empty path"},
+    "kubeconfig": {" x": "blanks around it"},
+    "master": {"ftp://192.0.2.1": "ftp is not spoken by API servers", "x ": "blanks around it"},
+    "hostname-override": {"  ": "only blanks"},
+    "state-dir": {" ": "blanks around it"},
+    "config-sync-period": {"0": "too short", "900": "900 has no unit"},
+    "kube-api-qps": {"": "not a number", "five": "not a number", "1e3": "not a number", "nan": "not a number"},
+    "kube-api-burst": {"-1": "too small", "2.5": "not a whole number"},
+    "kube-api-content-type": {"": "no such choice", "application/yaml": "no such choice"},
     "capture": {"": "no such choice", "IPTABLES": "no such choice", "nftables": "no such choice"},
     "bind-address": {
         "localhost": "not an IP address",
@@ -199,11 +224,12 @@ CASES = [(name, text, why) for name, texts in BAD.items() for text, why in texts
 
 @pytest.mark.parametrize(("name", "text", "why"), CASES)
 def test_bad_values(name, text, why):
-    line = problem(*([] if name == "manifests" else [M]), f"--{name}={text}")
+    given = [] if name in SOURCES else [M]
+    line = problem(*given, f"--{name}={text}")
     assert line.startswith(f"--{name}={text!r}: {why}; allowed: ")
     example = line.rpartition("; write for example ")[2]
     if name not in ("help", "version"):
-        parse([M, example])  # what is proposed is accepted
+        parse([*given, example])  # what is proposed is accepted
 
 
 def test_every_flag_has_been_given_badly():
@@ -222,15 +248,15 @@ def test_all_problems_at_once():
         "--udp-timeout='0'",
         "--proxy-port-range='2-1'",
         "--v='x'",
-        "--manifests",
     ]
     assert "--cleanupp: unknown flag; did you mean --cleanup?" in lines
 
 
-def test_manifests_are_required_unless_nothing_is_served():
-    assert problem().startswith("--manifests: not given, so there is nothing to serve; allowed: a file or a directory")
-    assert parse(["--cleanup"]).cleanup
-    assert problem("--cleanup=false").startswith("--manifests: not given")
+@pytest.mark.parametrize("name", ["kubeconfig", "master"])
+def test_there_is_one_source(name):
+    assert problem(M, f"--{name}=x").startswith(f"--{name}='x': --manifests is given too; allowed: one source")
+    assert getattr(parse([f"--{name}=x"]), name) == "x"
+    assert parse([]) == Config(), "a pod's own cluster, which is looked for later"
 
 
 @pytest.mark.parametrize("capture", ["auto", "iptables"])
@@ -317,6 +343,14 @@ def test_configz_is_json_with_the_flags_names():
     assert json.loads(json.dumps(shown)) == {
         "userspaceproxy.config": {
             "manifests": ["m"],
+            "kubeconfig": "",
+            "master": "",
+            "hostnameOverride": "",
+            "stateDir": "",
+            "configSyncPeriod": "15m0s",
+            "kubeApiQps": 5.0,
+            "kubeApiBurst": 10,
+            "kubeApiContentType": "application/json",
             "capture": "auto",
             "bindAddress": "0.0.0.0",
             "proxyPortRange": "10-15",

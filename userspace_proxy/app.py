@@ -29,7 +29,8 @@ from userspace_proxy.model import Protocol
 from userspace_proxy.proxier import Proxier
 from userspace_proxy.sockets.base import RESERVE
 from userspace_proxy.sockets.path import DataPath, RelaySettings
-from userspace_proxy.sources.manifests import ManifestSource
+from userspace_proxy.sources import choose as sources
+from userspace_proxy.sources.base import Source
 from userspace_proxy.table import render
 from userspace_proxy.workers.messages import Start
 from userspace_proxy.workers.pool import Pool
@@ -76,14 +77,14 @@ class Signals:
 class App:
     """One running proxy. `run` is all there is to call."""
 
-    def __init__(self, config: Config, capture: Capture, signals: Signals) -> None:
+    def __init__(self, config: Config, source: Source, capture: Capture, signals: Signals) -> None:
         self._config = config
         self._signals = signals
         self._capture = capture
         self._metrics = Metrics()
         self._metrics.capture_info.labels(capture.name).set(1)
         self._data_path = _data_path(config, self._metrics)
-        self._source = ManifestSource(config.manifests)
+        self._source = source
         self._proxier = Proxier(
             capture,
             self._data_path.sockets,
@@ -216,9 +217,10 @@ async def serve(config: Config) -> None:
     """Run a proxy until a signal ends it. Raises ConfigError, or CaptureError if the capture asked for cannot work."""
     signals = Signals()
     signals.watch()  # before anything is put into the kernel: from here on the end is an orderly one
+    source = sources.choose(config)
     capture = await choose(config.capture, bind_address=config.bind_address, nodeport_cidrs=config.nodeport_addresses)
     try:
-        app = App(config, capture, signals)
+        app = App(config, source, capture, signals)
     except BaseException:
         await capture.close()
         raise

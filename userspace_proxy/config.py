@@ -15,7 +15,7 @@ import pathlib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from userspace_proxy.exceptions import ConfigError
 from userspace_proxy.flags import (
@@ -25,6 +25,7 @@ from userspace_proxy.flags import (
     Flag,
     Kind,
     choice,
+    decimal,
     duration,
     format_duration,
     number,
@@ -43,6 +44,11 @@ class CaptureWay(enum.StrEnum):
 class LoggingFormat(enum.StrEnum):
     TEXT = "text"
     JSON = "json"
+
+
+class ContentType(enum.StrEnum):
+    JSON = "application/json"
+    PROTOBUF = "application/vnd.kubernetes.protobuf"
 
 
 class Show(enum.Enum):
@@ -81,6 +87,26 @@ def _port_range(text: str) -> PortRange | None:
     return PortRange(first, last) if first else None
 
 
+def _node_name(text: str) -> str:
+    name = text.strip().lower()
+    if text and not name:
+        raise ValueError("only blanks")
+    return name
+
+
+def _trimmed(text: str) -> str:
+    if text != text.strip():
+        raise ValueError("blanks around it")
+    return text
+
+
+def _url(text: str) -> str:
+    scheme, separator, _ = _trimmed(text).partition("://")
+    if separator and scheme not in ("http", "https"):
+        raise ValueError(f"{scheme} is not spoken by API servers")
+    return text
+
+
 def _path(text: str) -> tuple[pathlib.Path, ...]:
     if not text:
         raise ValueError("an empty path")
@@ -96,6 +122,16 @@ _PATHS = Kind(
     repeats=True,
     in_json=lambda paths: [str(path) for path in paths],
 )
+_FILE = Kind("PATH", "a path, or nothing", _trimmed, str, "/etc/kubernetes/kube-proxy.conf")
+_DIRECTORY = Kind(
+    "PATH",
+    "a directory, or nothing",
+    lambda text: pathlib.Path(text) if _trimmed(text) else None,
+    lambda path: str(path or ""),
+    "/var/lib/userspace-proxy",
+)
+_URL = Kind("URL", "a URL with http:// or https://, HOST:PORT, or nothing", _url, str, "https://192.0.2.1:6443")
+_NODE_NAME = Kind("NAME", "the name of a node, or nothing", _node_name, str, "node-1")
 _IP = Kind("IP", "an IPv4 or IPv6 address", _bind_address, str, "0.0.0.0")
 _PORTS = Kind(
     "RANGE",
@@ -111,6 +147,7 @@ def _flag(name: str, kind: Kind[typing.Any], group: str, text: str) -> Mapping[s
 
 
 _SERVICES = "What to serve"
+_CLUSTER = "The API server"
 _CAPTURE = "Addresses and capture"
 _RELAY = "Connections and flows"
 _SYNC = "Syncing"
@@ -130,8 +167,84 @@ class Config:
             _PATHS,
             _SERVICES,
             "A file or a directory of Services, EndpointSlices and Endpoints to serve, in YAML or JSON. May be "
-            "given more than once. Changes to the files are served as they happen. Required, unless --cleanup is "
-            "given.",
+            "given more than once. Changes to the files are served as they happen. Without it, an API server is "
+            "asked: that of --kubeconfig or --master, or in a pod that of its cluster.",
+        ),
+    )
+    kubeconfig: str = field(
+        default="",
+        metadata=_flag(
+            "kubeconfig",
+            _FILE,
+            _CLUSTER,
+            "A file that tells where the API server is and who we are to it: its current context, with client "
+            "certificates, tokens, exec plugins and proxy-url (http, https or socks5). When it or a file it names "
+            "changes, it is read anew. Empty, and no --master: the service account of the pod this runs in.",
+        ),
+    )
+    master: str = field(
+        default="",
+        metadata=_flag(
+            "master",
+            _URL,
+            _CLUSTER,
+            "Where the API server is, in the place of what --kubeconfig tells. Without --kubeconfig, no credentials "
+            "are sent.",
+        ),
+    )
+    hostname_override: str = field(
+        default="",
+        metadata=_flag(
+            "hostname-override",
+            _NODE_NAME,
+            _CLUSTER,
+            "The name of the node this runs on. Empty: the name of this host, in lower case.",
+        ),
+    )
+    state_dir: pathlib.Path | None = field(
+        default=None,
+        metadata=_flag(
+            "state-dir",
+            _DIRECTORY,
+            _CLUSTER,
+            "A directory in which to keep what the API server told last. A proxy that starts while the API server "
+            "is away serves that until it is back. Empty: nothing is kept, and nothing served until then.",
+        ),
+    )
+    config_sync_period: float = field(
+        default=900.0,
+        metadata=_flag(
+            "config-sync-period",
+            duration("15m0s"),
+            _CLUSTER,
+            "How often all that is known is gone through again, even though the API server tells of no change.",
+        ),
+    )
+    kube_api_qps: float = field(
+        default=5.0,
+        metadata=_flag(
+            "kube-api-qps",
+            decimal(5),
+            _CLUSTER,
+            "How many requests a second are sent to the API server in the long run. 0: 5. Below 0: no limit.",
+        ),
+    )
+    kube_api_burst: int = field(
+        default=10,
+        metadata=_flag(
+            "kube-api-burst",
+            number(0, 2_147_483_647, 10),
+            _CLUSTER,
+            "How many requests may be sent at once, faster than --kube-api-qps. 0: 10.",
+        ),
+    )
+    kube_api_content_type: ContentType = field(
+        default=ContentType.JSON,
+        metadata=_flag(
+            "kube-api-content-type",
+            replace(choice(ContentType), placeholder="TYPE"),
+            _CLUSTER,
+            "Taken as kube-proxy takes it, and of no effect: JSON is spoken, which every API server does.",
         ),
     )
     capture: CaptureWay = field(
@@ -374,8 +487,10 @@ def parse(argv: Sequence[str]) -> Config | Show:
 
 def _contradictions(config: Config) -> Iterator[tuple[Sequence[str], str]]:
     """Flags that cannot be used together, and what is wrong with them."""
-    if not config.manifests and not config.cleanup:
-        yield ("manifests", "cleanup"), _KNOWN["manifests"].problem(None, "not given, so there is nothing to serve")
+    for name, value in (("kubeconfig", config.kubeconfig), ("master", config.master)):
+        if config.manifests and value:
+            problem = f"--{name}={value!r}: --manifests is given too; allowed: one source of Services; remove one"
+            yield ("manifests", name), problem
     bind = config.bind_address
     if ipaddress.ip_address(bind).is_loopback and config.capture is not CaptureWay.NONE and not config.cleanup:
         problem = (

@@ -3,6 +3,7 @@
     UserspaceProxyError
     ├── ConfigError            flags that cannot be used; carries every problem found
     ├── ObjectError            one Service, EndpointSlice or Endpoints object that is refused
+    ├── APIError               an API server that refuses a request, or that cannot be reached
     ├── PortError              a port that cannot be had (in use, claimed by another, range exhausted)
     ├── NoEndpoints            nowhere to send a client to; ends that connection only
     ├── ProtocolUnavailable    a protocol this host or this version does not serve
@@ -41,6 +42,18 @@ class ObjectError(UserspaceProxyError):
         self.where = where
         self.what = what
         self.problems = tuple(problems)
+
+
+class APIError(UserspaceProxyError):
+    """An API server that refuses, or (`status` 0) that there is no way to, or that breaks off.
+
+    `retry_after` is the time in seconds that it asks us to wait, 0 where it does not.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
 
 
 class PortError(UserspaceProxyError):

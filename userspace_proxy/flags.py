@@ -215,6 +215,15 @@ def number(least: int, most: int, example: int) -> Kind[int]:
     return Kind("N", f"a whole number from {least} to {most}", parse, str, str(example), in_json=int)
 
 
+def decimal(example: float) -> Kind[float]:
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[-+]?([0-9]{1,12}\.?[0-9]{0,12}|\.[0-9]{1,12})", text):
+            raise ValueError("not a number")
+        return float(text)
+
+    return Kind("NUMBER", "a number such as 5 or 2.5", parse, "{:g}".format, f"{example:g}", in_json=float)
+
+
 def choice(choices: type[Choice]) -> Kind[Choice]:
     words = [str(choice.value) for choice in choices]
 

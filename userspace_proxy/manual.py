@@ -23,10 +23,16 @@ userspace-proxy serves Kubernetes Services without kernel load balancing: it ope
 service port, has the kernel send it the traffic of the service's addresses, and relays each connection
 to an endpoint chosen by round robin or client address."""
 
+_SOURCES = "[--manifests PATH | --kubeconfig PATH]"
+
 _EXAMPLES = (
     (
         "Serve what a directory holds, through iptables rules where this host has them:",
         "--manifests /etc/userspace-proxy",
+    ),
+    (
+        "On a node of a cluster, going on with the last state while the API server is away:",
+        "--kubeconfig /etc/kubernetes/kube-proxy.conf --state-dir /var/lib/kube-proxy",
     ),
     (
         "Without root: nothing is captured, the proxy ports are told in the log:",
@@ -46,7 +52,14 @@ list. Durations are written as in Go: 300ms, 1.5s, 2h45m."""
 
 
 def help_text() -> str:
-    lines = [_fill(_HEAD), "", "Usage:", "  userspace-proxy --manifests PATH [flags]", "", "Examples:"]
+    lines = [
+        _fill(_HEAD),
+        "",
+        "Usage:",
+        "  userspace-proxy [--manifests PATH | --kubeconfig PATH | --master URL] [flags]",
+        "",
+        "Examples:",
+    ]
     for what, arguments in _EXAMPLES:
         lines += [f"  {what}", f"    userspace-proxy {arguments}"]
     for group, flags in _groups():

@@ -179,6 +179,14 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """The node this proxy runs on, as the cluster knows it; `zone` is empty where it has none."""
+
+    name: str
+    zone: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """All service ports and their endpoints at one moment.
 
@@ -188,3 +196,5 @@ class Snapshot:
 
     services: Mapping[ServicePortName, ServicePort] = field(default_factory=dict)
     endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]] = field(default_factory=dict)
+    node: Node | None = None
+    """None: there is no cluster, or it has not told of this node yet."""

@@ -79,6 +79,8 @@ class Node:
         self.net = Namespace()
         self.manifests = directory / "manifests"
         self.manifests.mkdir(exist_ok=True)
+        self.source: Sequence[str] = ("--manifests", str(self.manifests))
+        """The flags that tell where Services come from."""
         self._directory = directory
         self._pods: list[Namespace] = []
         self._outside: list[Namespace] = []
@@ -147,7 +149,7 @@ class Node:
         """Start the command and wait until it is ready; `limit` is for its descriptors."""
         self._runs += 1
         self.log_file = self._directory / f"log{self._runs}"
-        command = [sys.executable, "-m", "userspace_proxy", "--manifests", str(self.manifests), *flags]
+        command = [sys.executable, "-m", "userspace_proxy", *self.source, *flags]
         if limit:
             command = ["prlimit", f"--nofile={limit}:{limit}", *command]
         with self.net.entered(), self.log_file.open("w") as log:

@@ -17,6 +17,10 @@ Publish = Callable[[Snapshot], None]
 
 
 class Source(typing.Protocol):
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Objects that are refused at present, one line each."""
+
     async def run(self, publish: Publish) -> None:
         """Publish snapshots until cancelled. Raises only what makes going on pointless (ConfigError)."""
 

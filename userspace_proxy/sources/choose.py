@@ -1,0 +1,51 @@
+"""Which source a Config asks for: manifest files, or an API server.
+
+The Kubernetes client is loaded only where it is asked for: it is half of this program's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import time
+
+from userspace_proxy.config import Config, ContentType
+from userspace_proxy.sources.base import Source
+from userspace_proxy.sources.manifests import ManifestSource
+
+logger = logging.getLogger(__name__)
+
+
+def choose(config: Config) -> Source:
+    """Raises ConfigError where there is nothing to serve, or no way to it."""
+    if config.manifests:
+        return ManifestSource(config.manifests)
+    return _kubernetes(config)
+
+
+def _kubernetes(config: Config) -> Source:
+    from userspace_proxy.sources.answers import Pace
+    from userspace_proxy.sources.connection import Access, Connection
+    from userspace_proxy.sources.kubernetes import KubernetesSource
+    from userspace_proxy.sources.saved import SavedState
+
+    access = Access(
+        str(config.kubeconfig or ""), config.master, config.kube_api_qps or 5.0, config.kube_api_burst or 10
+    )
+    pace = Pace(resync=config.config_sync_period)
+    connection = Connection(access, time.monotonic, stall=pace.stall)
+    server = connection.check()
+    if config.kube_api_content_type is not ContentType.JSON:
+        logger.info(
+            "--kube-api-content-type=%s: JSON is spoken with the API server, which every one of them does",
+            config.kube_api_content_type,
+        )
+    return KubernetesSource(
+        connection,
+        config.hostname_override or socket.gethostname().strip().lower(),
+        SavedState(config.state_dir, server) if config.state_dir else None,
+        pace=pace,
+        clock=time.monotonic,
+        rng=random.Random(),
+    )

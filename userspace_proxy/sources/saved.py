@@ -1,0 +1,97 @@
+"""The last state on disk, so that a proxy that starts while the API server is away serves what the one before it did.
+
+One file: a header line that tells version, API server, node and the digest of the rest, then a line for each service
+port. It is written beside its final name, synced and renamed, so that there is always a whole one, old or new. What
+is not exactly as it was written is told and passed over; the next state replaces it.
+
+When to write and when to read is decided in `sources.kubernetes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from userspace_proxy.model import Endpoint, Node, ServicePort, ServicePortName, Snapshot
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+FILE = "snapshot.jsonl"
+
+
+class _Header(msgspec.Struct):
+    version: int
+    server: str
+    node: Node | None
+    digest: str
+
+
+class _Line(msgspec.Struct, omit_defaults=True):
+    name: ServicePortName
+    service: ServicePort | None = None
+    endpoints: tuple[Endpoint, ...] | None = None
+    """None: none are known, which is not the same as knowing that there are none."""
+
+
+class SavedState:
+    """The file in `directory` for one API server, named by where it was configured to be."""
+
+    def __init__(self, directory: Path, server: str) -> None:
+        self.file = directory / FILE
+        self._server = server
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Raises OSError. May run on another thread: a Snapshot does not change, and no step of it takes long."""
+        names = [*snapshot.services, *(name for name in snapshot.endpoints if name not in snapshot.services)]
+        lines = [
+            msgspec.json.encode(_Line(name, snapshot.services.get(name), snapshot.endpoints.get(name)))
+            for name in names
+        ]
+        body = b"\n".join(lines)
+        header = _Header(VERSION, self._server, snapshot.node, hashlib.sha256(body).hexdigest())
+        self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = self.file.with_name(f".{FILE}.new")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as opened:
+            opened.write(msgspec.json.encode(header) + b"\n" + body)
+            opened.flush()
+            os.fsync(opened.fileno())
+        new.rename(self.file)
+        directory = os.open(self.file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def load(self) -> Snapshot | None:
+        """None: there is no state, or none that can be trusted."""
+        try:
+            head, _, body = self.file.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("%s: %s; it is not used", self.file, error.strerror)
+            return None
+        try:
+            # The version is looked at first: others may mean anything.
+            version = msgspec.json.decode(head, type=dict[str, object]).get("version")
+            if version != VERSION:
+                raise ValueError(f"found version {version!r}; allowed: {VERSION}")
+            header = msgspec.json.decode(head, type=_Header)
+            if header.server != self._server:
+                raise ValueError(f"found the state of {header.server}; allowed: of {self._server}")
+            if hashlib.sha256(body).hexdigest() != header.digest:
+                raise ValueError("found something else than was written")
+            lines = [msgspec.json.decode(line, type=_Line) for line in body.split(b"\n") if line]
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+            logger.warning("%s: %s; it is not used, and the next state replaces it", self.file, error)
+            return None
+        return Snapshot(
+            {line.name: line.service for line in lines if line.service is not None},
+            {line.name: line.endpoints for line in lines if line.endpoints is not None},
+            header.node,
+        )
