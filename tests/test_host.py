@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import resource
+import socket
 from pathlib import Path
 
 import pytest
 
-from tests.netns import Namespace
+from tests.netns import Namespace, eventually
 from userspace_proxy import host
 
 
@@ -51,3 +53,23 @@ def test_the_descriptor_limit_is_raised_as_far_as_allowed() -> None:
         assert host.raise_descriptor_limit() == hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_what_the_peer_has_not_taken_is_undelivered(family: int) -> None:
+    with socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), family=family) as server:
+        number = server.getsockname()[1]
+        with socket.socket(family) as client:
+            client.connect(server.getsockname())
+            accepted, _ = server.accept()
+            assert host.undelivered({number}) == 0
+            accepted.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    accepted.send(bytes(65536))
+            accepted.close()
+            assert host.undelivered({number}) == 1
+            assert host.undelivered({number + 1}) == 0
+            while client.recv(1 << 20):
+                pass
+        eventually(lambda: not host.undelivered({number}))

@@ -411,7 +411,8 @@ def test_stopped_it_refuses_everybody_and_nothing_makes_it_listen_again(run: Run
         async with bench(sync_period=0.02) as b:
             await b.publish({WEB: tcp()}, {WEB: ALIVE})
             port = b.row()["proxyPort"]
-            await b.proxier.stop()
+            b.proxier.stop()
+            await b.proxier.settled()
             calls = b.capture.calls
             assert b.capture.redirects, "who is redirected to a port that does not listen is refused at once"
             b.proxier.publish(Snapshot({WEB: tcp(port=81)}, {WEB: (*ALIVE, Endpoint("127.0.0.1", 10))}))

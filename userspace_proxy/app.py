@@ -43,6 +43,10 @@ SWITCH = 0.0001
 for it back after each system call, and Python's own 5 ms would be the latency of every one."""
 
 
+UNDELIVERED = 0.05
+"""Seconds between looks for bytes that are still on their way when all sessions have ended."""
+
+
 class Stopped(Exception):
     """Ends the TaskGroup when it is time to."""
 
@@ -52,8 +56,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
-        self.over = asyncio.Event()
-        """There is nothing (more) to wait for: sessions have ended, or a second signal came."""
+        self.hurry = asyncio.Event()
         self.reload: Callable[[], None] = lambda: None
         """What SIGHUP does; nothing before there is a source, which has everything to read yet."""
 
@@ -68,7 +71,7 @@ class Signals:
 
     def _end(self, number: signal.Signals) -> None:
         if self.stop.is_set():
-            self.over.set()
+            self.hurry.set()
         else:
             logger.info("%s: draining; a second signal ends at once", number.name)
             self.stop.set()
@@ -133,19 +136,41 @@ class App:
         raise Stopped
 
     async def _drain(self) -> None:
-        await self._proxier.stop()
+        """Until nothing is left to wait for, a second signal comes, or the time is over."""
+        self._proxier.stop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_timeout), asyncio.TaskGroup() as tasks:
+                drained = tasks.create_task(self._drained())
+                hurried = tasks.create_task(self._signals.hurry.wait())
+                drained.add_done_callback(lambda _: hurried.cancel())
+                hurried.add_done_callback(lambda _: drained.cancel())
+
+    async def _drained(self) -> None:
         open_kinds = set(self._data_path.sockets)
+        over = asyncio.Event()
 
         def ended(protocol: Protocol) -> None:
             open_kinds.discard(protocol)
             if not open_kinds:
-                self._signals.over.set()
+                over.set()
 
         for protocol, sockets in self._data_path.sockets.items():
             sockets.drain(partial(ended, protocol))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_timeout):
-                await self._signals.over.wait()
+        await over.wait()
+        await self._until_delivered()
+        await self._proxier.settled()
+
+    async def _until_delivered(self) -> None:
+        """Wait until the last bytes of connections that have ended are with their clients.
+
+        The kernel sends on after close(), but what it sends must still be translated on its way, and it is not once
+        the capture has let go.
+        """
+        if not self._capture.rewrites_destination:
+            return
+        ports = self._proxier.proxy_ports
+        while await asyncio.to_thread(host.undelivered, ports):  # noqa: ASYNC110 - the kernel tells nobody
+            await asyncio.sleep(UNDELIVERED)
 
     def _admin_servers(self) -> Iterator[AdminServer]:
         config = self._config

@@ -9,12 +9,15 @@ from __future__ import annotations
 import ipaddress
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from userspace_proxy.model import IPFamily, family_of
 
 _AF = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
+_CLOSED_NOT_DELIVERED = frozenset(("04", "09", "0B"))
+"""FIN_WAIT1, LAST_ACK and CLOSING, as /proc/net/tcp has them."""
 _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -26,6 +29,22 @@ def is_local_address(ip: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def undelivered(ports: Collection[int]) -> int:
+    """How many TCP sockets at these local ports are closed, with bytes or an end that the peer has not acknowledged.
+
+    By then they belong to no process, so only the kernel can tell. Blocks for a millisecond a thousand sockets.
+    """
+    found = 0
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
+            next(sockets)
+            for line in sockets:
+                _, local, _, state, *_ = line.split(maxsplit=4)
+                if state in _CLOSED_NOT_DELIVERED and int(local[-4:], 16) in ports:
+                    found += 1
+    return found
 
 
 def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:

@@ -308,15 +308,24 @@ class Proxier:
 
     # -- the end
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Take no new connection, and sync no more; what is established goes on.
 
         The redirects stay: with nobody listening behind them, clients are refused at once, where without them
         they would knock at addresses that nobody has.
         """
         self._stopped = True
+        self._serving.stop_taking_clients()
+
+    async def settled(self) -> None:
+        """Wait for the sync that was under way when it was stopped, and close what that has opened."""
         async with self._turn:
             self._serving.stop_taking_clients()
+
+    @property
+    def proxy_ports(self) -> frozenset[int]:
+        """The numbers of the proxy ports that are open, of every protocol."""
+        return frozenset(served.socket.port for served in self._serving.served.values())
 
     async def withdraw(self) -> None:
         """Take the redirects back, before the ports they lead to are given up."""

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,6 +193,47 @@ def test_a_signal_in_the_middle_of_the_start_leaves_no_trace(node: Node, number:
     eventually(lambda: "KUBE-" in node.rules(), 20)  # the first rules are there, the first sync is not done
     assert node.stop(number) == 0
     assert traces(node) == before
+
+
+def test_the_last_bytes_of_what_has_ended_are_delivered_before_the_end(node: Node) -> None:
+    """The connection is over for the proxy, while the kernel still has most of the answer for a slow client."""
+    node.start("--drain-timeout=20s")
+    assert node.process is not None
+    size = 500_000
+    with connect(node.net, "10.96.0.10", 80, timeout=20) as client:
+        client.sendall(bytes(size))
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: not json.loads(node.get("/connections")))
+        node.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert node.process.poll() is None
+        received = 0
+        while chunk := client.recv(65536):
+            received += len(chunk)
+    assert received >= size  # each message is answered with the endpoint's name before it
+    assert node.process.wait(10) == 0
+
+
+def test_a_capture_that_is_stuck_delays_no_refusal_and_no_second_signal(node: Node, pod: Namespace) -> None:
+    node.start("--iptables-min-sync-period=50ms", "--drain-timeout=60s")
+    assert node.process is not None
+    workers = [int(pid) for pid in node.net.run(f"pgrep -P {node.process.pid}").split()]
+    try:
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        node.apply(*ALL, service("new", "10.96.0.12", [port(80)]))
+        eventually(lambda: "default/new" in node.log())
+        with connect(pod, "10.96.0.10", 80) as client:
+            assert ask(client) == b"a:hi"
+            node.process.send_signal(signal.SIGTERM)
+            eventually(lambda: not answer(pod, "10.96.0.10", 80))
+            assert ask(client) == b"a:hi"
+            node.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "still open and are reset" in node.log())
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+    assert node.process.wait(30) == 0
 
 
 def test_sighup_finds_a_change_that_nobody_told_of(node: Node, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from userspace_proxy.model import IPFamily, Redirect, family_of
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_TIMEOUT = 60.0
+_ANSWER_TIMEOUT = 20.0
 """Seconds for one request. The longest measured, 5,000 services read back without iptables-legacy-save, took 7."""
 _EXIT_TIMEOUT = 5.0
 
