@@ -139,8 +139,9 @@ def test_udp_clients_are_sent_anew_when_a_redirect_comes_changes_and_goes(node):
     both = {("127.96.0.10", 53), ("127.0.0.1", 30053)}
     assert flushed_by(Replace((dns, by_node_port))) == both
     moved = redirect("127.96.0.10", 53, 40003, Protocol.UDP)
-    assert flushed_by(Replace((moved,))) == {("127.96.0.10", 53)}
-    # The successor of a worker cannot know which are new, so what follows needs one that lives on.
+    # The successor of a worker finds in the rules where its predecessor has sent clients.
+    assert flushed_by(Replace((moved,))) == both
+    # It cannot know which are new, so what follows needs one that lives on.
     with Life(node) as life:
         life.ask(opening())
         life.ask(Replace((dns, by_node_port)))

@@ -330,3 +330,13 @@ def test_the_idle_clock_runs_from_the_last_datagram_either_way() -> None:
     timers.advance(0.2)
     assert shared.active == 0
     assert not [d for d in timers.due if d[0] < clock.now]
+
+
+def test_flows_that_never_were_leave_nothing_to_wait_for(start: Start) -> None:
+    """Each is ended as its endpoint cannot be connected to, long before its time."""
+    proxy = start(Protocol.UDP, V4, [("255.255.255.255", 9)], idle_timeout=3600)
+    for _ in range(500):
+        with client_of(proxy) as client:
+            client.send(b"x")
+    eventually(lambda: proxy.ended()[Outcome.DIAL_FAILED] == 500)
+    assert len(proxy.sockets._idle) < 100  # type: ignore[attr-defined]

@@ -47,10 +47,11 @@ class FamilyCapture:
     def open(self, *, take_over: bool) -> Reply:
         """Find out whether this works here; raises XtablesError, with nothing left behind, if it does not."""
         notes = self._tables.probe(self._scope)
+        # Of an earlier run, or of a predecessor in this one, who took what it knew with it.
+        self._stale = {Place(*place) for place in rules.places(self._tables.read("nat"))}
         if not take_over:
             self._left = dict(rules.HOLD_ONLY)
         else:
-            self._stale = {Place(*place) for place in rules.places(self._tables.read("nat"))}
             try:
                 self._make(rules.HOLD_ONLY)
             except XtablesError:

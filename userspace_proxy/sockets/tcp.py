@@ -36,6 +36,8 @@ TELL_AGAIN = 60.0
 """Seconds between two complaints about the same want."""
 LASTING = 5.0
 """Seconds between looks for connections that have become worth probing."""
+LOOK = 0.01
+"""Seconds at least between looks for dials that have waited long enough."""
 PAUSE = 0.1
 """Seconds until the next try when the kernel has no room for another connection."""
 
@@ -124,19 +126,25 @@ class TCPSockets:
 
     def _expect(self, dial: Dial) -> None:
         """See to it that the dial is timed out. One timer for all: nearly every dial is over long before."""
-        if dial.deadline < self._look_at:
-            self._look_at = dial.deadline
-            self.poller.call_at(dial.deadline, self._time_out_dials)
+        self._look_by(dial.deadline)
+
+    def _look_by(self, when: float) -> None:
+        if when < self._look_at:
+            self._look_at = when
+            self.poller.call_at(when, self._time_out_dials)
 
     def _time_out_dials(self) -> None:
         now = self.poller.clock()
         if now < self._look_at:
             return  # a dial with an earlier deadline came later, and this look was made when that was due
         self._look_at = float("inf")
-        for dial in [dial for dial in self._dials if dial.deadline <= now]:
-            dial.time_out()
-        if self._dials:
-            self._expect(min(self._dials, key=lambda dial: dial.deadline))
+        try:
+            for dial in [dial for dial in self._dials if dial.deadline <= now]:
+                dial.time_out()
+        finally:
+            if self._dials:
+                # Thousands may be under way toward a silent endpoint, each with a deadline of its own.
+                self._look_by(max(now + LOOK, min(dial.deadline for dial in self._dials)))
 
     def _connected(self, dial: Dial, endpoint: SocketType, events: int) -> None:
         tcp_socket = self._dials.pop(dial)

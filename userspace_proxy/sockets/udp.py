@@ -36,6 +36,8 @@ DATAGRAMS = 32
 """Datagrams from clients in one turn of a service port."""
 RECEIVE_BUFFER = 4 * 1024 * 1024
 """Asked for on the socket all clients of a service port share; the kernel caps it at net.core.rmem_max."""
+SPARE = 64
+"""Ended flows that may wait to be forgotten, beside as many as there are live ones."""
 SWEEP = 0.05
 """Seconds by which an idle flow may outstay its time-out."""
 
@@ -180,6 +182,10 @@ class UDPSockets:
         flow.owner.flows[flow.key] = flow
         flow.owner.metrics.opened += 1
         flow.owner.metrics.active += 1
+        if len(self._idle) > 2 * self._count + SPARE:
+            # Flows that ended before their time wait here for it, and there may be any number of them.
+            self._idle = [entry for entry in self._idle if entry[2].sock is not None]
+            heapq.heapify(self._idle)
         heapq.heappush(self._idle, (flow.last + self._idle_timeout, next(self._sequence), flow))
         if not self._sweeping:
             self._sweep_at(flow.last + self._idle_timeout)
