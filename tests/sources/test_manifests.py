@@ -405,11 +405,10 @@ def test_each_problem_is_logged_once(run, tmp_path, caplog):
 def test_a_directory_that_cannot_be_watched_is_looked_at_again(run, tmp_path, monkeypatch, caplog):
     """inotify has a limit of watches for each user; reaching it must not end the serving."""
 
-    async def refuse(*paths, **options):
+    def refuse(directories):
         raise OSError(28, "No space left on device")
-        yield
 
-    monkeypatch.setattr(manifests.watchfiles, "awatch", refuse)
+    monkeypatch.setattr(manifests, "Changes", refuse)
     (tmp_path / "a.yaml").write_text(service())
 
     @scenario(run, tmp_path)
@@ -418,3 +417,52 @@ def test_a_directory_that_cannot_be_watched_is_looked_at_again(run, tmp_path, mo
         await watched.until_ips("127.96.0.2")
 
     assert "cannot watch the manifests" in caplog.text
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that were read."""
+    names = []
+    original = manifests._slurp
+
+    def spy(file, *rest):
+        names.append(os.path.basename(file))
+        return original(file, *rest)
+
+    monkeypatch.setattr(manifests, "_slurp", spy)
+    return names
+
+
+def test_a_change_of_one_file_opens_no_other(run, tmp_path, read):
+    for number in range(50):
+        (tmp_path / f"s{number}.yaml").write_text(service(f"s{number}", f"127.96.0.{number + 1}"))
+    all_of_them = {f"127.96.0.{number + 1}" for number in range(50)}
+
+    @scenario(run, tmp_path)
+    async def _(watched):
+        assert len(read) == 50
+        read.clear()
+        (tmp_path / "s7.yaml").write_text(service("s7", "127.96.1.7"))
+        await watched.until_ips(*(all_of_them - {"127.96.0.8"}), "127.96.1.7")
+        (tmp_path / ".s8.new").write_text(service("s8", "127.96.1.8"))
+        (tmp_path / ".s8.new").rename(tmp_path / "s8.yaml")
+        await watched.until_ips(*(all_of_them - {"127.96.0.8", "127.96.0.9"}), "127.96.1.7", "127.96.1.8")
+        (tmp_path / "s7.yaml").unlink()
+        await watched.until_ips(*(all_of_them - {"127.96.0.8", "127.96.0.9"}), "127.96.1.8")
+        assert set(read) == {"s7.yaml", "s8.yaml"}
+
+
+def test_a_file_is_not_read_before_it_is_whole(run, tmp_path, read):
+    (tmp_path / "a.yaml").write_text(service())
+
+    @scenario(run, tmp_path)
+    async def _(watched):
+        read.clear()
+        with (tmp_path / "a.yaml").open("w") as opened:
+            opened.write(service()[:20])
+            opened.flush()
+            await asyncio.sleep(0.1)
+            assert read == []
+            opened.write(service(ip="127.96.0.2")[20:])
+        await watched.until_ips("127.96.0.2")
+        assert watched.source.problems == ()

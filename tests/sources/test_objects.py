@@ -164,6 +164,17 @@ def test_all_problems_at_once():
     ]
 
 
+def test_what_has_not_its_shape_does_not_hide_other_problems():
+    ports = [80, *({"name": f"p{i}", "port": 1000 + i} for i in range(1, 10)), {"name": "p10", "port": 70000}, "81"]
+    assert list(problems(service(ports=ports, sessionAffinity="sticky", externalIPs="10.0.0.1"))) == [
+        "spec.ports[0]: found int; allowed: a mapping",
+        "spec.ports[11]: found str; allowed: a mapping",
+        "spec.externalIPs: found str; allowed: a list",
+        "spec.sessionAffinity: found 'sticky'; allowed: None, ClientIP",
+        "spec.ports[10].port: found 70000; allowed: a number from 1 to 65535",
+    ]
+
+
 def test_a_slice_and_its_conditions():
     conditions = [None, {}, {"ready": None, "serving": None}, {"ready": False}, {"ready": False, "terminating": True}]
     value = endpoint_slice(
@@ -191,6 +202,12 @@ def test_each_port_of_a_slice_has_each_address():
     }
 
 
+def test_a_port_without_a_number_is_passed_over():
+    found = decode(endpoint_slice(ports=[{"name": "any"}, {"name": "http", "port": 8080}]), "f")
+    assert list(found.endpoints) == [ServicePortName("default", "web", "http")]
+    assert not decode(endpoint_slice(ports=[{}]), "f").endpoints
+
+
 def test_a_port_without_a_name():
     value = endpoint_slice(ports=[{"name": None, "port": 1}])
     assert list(decode(value, "f").endpoints) == [ServicePortName("default", "web", "")]
@@ -206,7 +223,7 @@ def test_a_port_without_a_name():
         ({"endpoints": [{"addresses": ["127.0.0.1"]}]}, "endpoints[0].addresses[0]: found '127.0.0.1 (loopback)'"),
         ({"endpoints": [{"addresses": []}]}, "endpoints[0].addresses: found []; allowed: at least one"),
         ({"endpoints": [{"addresses": ["10.1.0.1"], "conditions": {"ready": "no"}}]}, "endpoints[0].conditions.ready"),
-        ({"ports": [{"name": "a"}]}, "ports[0].port: found nothing"),
+        ({"ports": [{"name": "a", "port": 0}]}, "ports[0].port: found 0"),
     ],
 )
 def test_slices_that_are_refused(changes, problem):

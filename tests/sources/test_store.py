@@ -15,10 +15,10 @@ def service(name="web", ip="10.96.0.1", ports=("http",)):
     return Service(Identity("Service", "default", name), found)
 
 
-def endpoints(object_name="web-1", *found, kind="EndpointSlice", of="web", port="http"):
+def endpoints(object_name="web-1", *found, kind="EndpointSlice", of="web", port="http", protocol=Protocol.TCP):
     listed = tuple(e if isinstance(e, Endpoint) else Endpoint("10.1.0.1", e) for e in found)
     key = ServicePortName("default", of, port)
-    return EndpointSet(Identity(kind, "default", object_name), ("default", of), {key: listed})
+    return EndpointSet(Identity(kind, "default", object_name), ("default", of), {key: listed}, {key: protocol})
 
 
 def numbers(store, name=WEB):
@@ -48,6 +48,15 @@ def test_of_equal_addresses_the_ready_one_counts():
     store = Store()
     store.replace("a", [endpoints("web-1", Endpoint("10.1.0.1", 5, ready=False)), endpoints("web-2", 5)])
     assert store.snapshot().endpoints[WEB] == (Endpoint("10.1.0.1", 5),)
+
+
+def test_endpoints_of_another_protocol_are_another_ports():
+    store = Store()
+    store.replace("a", [service(), endpoints("web-1", 1), endpoints("web-2", 2, protocol=Protocol.UDP)])
+    assert numbers(store) == [1]
+    udp = Service(Identity("Service", "default", "web"), {WEB: ServicePort(Protocol.UDP, 80, ("10.96.0.1",))})
+    store.replace("a", [udp, endpoints("web-1", 1), endpoints("web-2", 2, protocol=Protocol.UDP)])
+    assert numbers(store) == [2]
 
 
 def test_an_endpoints_object_counts_only_without_slices():

@@ -54,14 +54,18 @@ class Check:
         return value if isinstance(value, str) else ""
 
     def number(self, field: str, value: object, low: int, high: int) -> int:
+        """The number, or 0 for one that is refused."""
         if type(value) is int and low <= value <= high:
             return value
         self.refuse(field, value, f"a number from {low} to {high}")
-        return low
+        return 0
 
-    def ports(self, field: str, ports: Sequence[Port]) -> list[CheckedPort]:
-        """Ports with names that are their own."""
-        checked = [self._port(f"{field}[{i}]", port, unnamed=len(ports) == 1) for i, port in enumerate(ports)]
+    def ports(self, field: str, ports: Sequence[Port], *, numbered: bool = True) -> list[CheckedPort]:
+        """Ports with names that are their own, and a number, which is 0 where none is needed and none given."""
+        checked = [
+            self._port(f"{field}[{i}]", port, unnamed=len(ports) == 1, numbered=numbered)
+            for i, port in enumerate(ports)
+        ]
         names: set[str] = set()
         for i, port in enumerate(checked):
             if port.name and port.name in names:
@@ -82,7 +86,7 @@ class Check:
                 taken.add((field, port.protocol, number))
         return checked
 
-    def _port(self, field: str, port: Port, *, unnamed: bool) -> CheckedPort:
+    def _port(self, field: str, port: Port, *, unnamed: bool, numbered: bool) -> CheckedPort:
         if port.name in (None, ""):
             if not unnamed:
                 self.refuse(f"{field}.name", port.name, "a name, as there are several ports")
@@ -94,7 +98,8 @@ class Check:
                 protocol = Protocol(port.protocol.upper() if isinstance(port.protocol, str) else port.protocol)
             except ValueError:
                 self.refuse(f"{field}.protocol", port.protocol, ", ".join(Protocol))
-        number = self.number(f"{field}.port", port.port, 1, 65535)
+        has_number = numbered or port.port is not None
+        number = self.number(f"{field}.port", port.port, 1, 65535) if has_number else 0
         node_port = 0 if port.node_port is None else self.number(f"{field}.nodePort", port.node_port, 0, 65535)
         return CheckedPort(port.name if isinstance(port.name, str) else "", protocol, number, node_port)
 

@@ -3,37 +3,36 @@
 Files are untrusted and people edit them in place, so nothing in one can stop the others: a file that cannot be parsed
 keeps what it last held, and so does a path that has gone away altogether.
 
-How text becomes values is in `sources.documents`, what the objects mean in `sources.objects`, and what they are
-together in `sources.store`.
+A change costs the reading of the files it touched; only what cannot be told from one name (a link, a directory) makes
+all be looked at. How changes are noticed is in `sources.inotify`, how a file is read in `sources.reading`, and what the
+objects of all files are together in `sources.store`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import watchfiles
-
-from userspace_proxy.exceptions import ConfigError, ObjectError
+from userspace_proxy.exceptions import ConfigError
 from userspace_proxy.model import Snapshot
 from userspace_proxy.sources.base import Publish
-from userspace_proxy.sources.documents import SyntaxProblem, read_json, read_yaml
-from userspace_proxy.sources.objects import decode, identify, is_other_kind, unpack
-from userspace_proxy.sources.store import Object, Refused, Store
+from userspace_proxy.sources.documents import SyntaxProblem
+from userspace_proxy.sources.inotify import Changes
+from userspace_proxy.sources.reading import Known, printable, read
+from userspace_proxy.sources.store import Store
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_SIZE = 64 << 20
-STEP = 10
-"""Milliseconds without a change after which files are taken as written."""
-DEBOUNCE = 100
-"""Milliseconds after which they are read even if changes go on."""
+RETRY = 1.0
+"""Seconds between two looks where the kernel does not tell of changes."""
 
 _Stamp = tuple[int, int, int, int]
 _Watched = tuple[tuple[str, int, int], ...]
@@ -47,9 +46,13 @@ class ManifestSource:
         self._store = Store()
         self._stamps: dict[str, _Stamp] = {}
         self._missing: tuple[str, ...] = ()
+        self._known: dict[str, Known] = {}
         self._wake = asyncio.Event()
         self._reload = False
         self._touched: set[str] = set()
+        self._everywhere = True
+        """Not only what was touched can have changed: all is to be looked at."""
+        self._is_indirect = False
         self._warned: frozenset[str] = frozenset()
         self.problems: tuple[str, ...] = ()
         """What is refused at present, one line each."""
@@ -58,31 +61,34 @@ class ManifestSource:
         """Publish what the manifests hold, and again whenever that changes. Raises ConfigError for a missing path."""
         self._require_paths()
         published: Snapshot | None = None
-        async with asyncio.TaskGroup() as tasks:
-            watched = await asyncio.to_thread(self._directories)
-            watch = tasks.create_task(self._watch(watched), name="watch")
-            await asyncio.sleep(0)  # the watch is in place before the first reading: no change falls between them
+        watched: _Watched | None = None
+        with contextlib.ExitStack() as watches:
             while True:
                 self._wake.clear()
+                if self._everywhere:
+                    now, self._is_indirect = await asyncio.to_thread(self._directories)
+                    if now != watched:
+                        watches.close()
+                        watched = now if self._watch(now, watches) else None
                 touched, self._touched = self._touched, set()
+                everywhere, self._everywhere = self._everywhere, False
                 again, self._reload = self._reload, False
-                snapshot = await asyncio.to_thread(self._read, touched, again)
+                snapshot = await asyncio.to_thread(self._read, touched, everywhere=everywhere, again=again)
                 self._tell_problems()
                 if snapshot is not published or again:
                     published = snapshot
                     publish(snapshot)
-                now = await asyncio.to_thread(self._directories)
-                if now != watched or watch.done():
-                    watched = now
-                    watch.cancel()
-                    await asyncio.wait([watch])
-                    watch = tasks.create_task(self._watch(watched), name="watch")
-                    await asyncio.sleep(0)
-                    continue  # something may have changed while nobody was looking
-                await self._wake.wait()
+                if everywhere and watched and (await asyncio.to_thread(self._directories))[0] != watched:
+                    self._everywhere = True  # something may have changed while nobody was looking
+                else:
+                    await self._wake.wait()
 
     def reload(self) -> None:
         self._reload = True
+        self._look_everywhere()
+
+    def _look_everywhere(self) -> None:
+        self._everywhere = True
         self._wake.set()
 
     def _require_paths(self) -> None:
@@ -101,48 +107,60 @@ class ManifestSource:
             raise ConfigError(problems)
 
     def _tell_problems(self) -> None:
-        self.problems = (*self._missing, *self._store.problems)
+        problems = (*self._missing, *self._store.problems)
+        if problems == self.problems:
+            return
+        self.problems = problems
         for problem in self.problems:
             if problem not in self._warned:
                 logger.warning("%s", problem)
         self._warned = frozenset(self.problems)
 
-    async def _watch(self, watched: _Watched) -> None:
-        """Wake the reading at every change. Ends when the kernel will not tell of any."""
-        changes = watchfiles.awatch(
-            *(path for path, _, _ in watched),
-            watch_filter=None,
-            recursive=False,
-            debounce=DEBOUNCE,
-            step=STEP,
-            ignore_permission_denied=True,
-        )
+    def _watch(self, watched: _Watched, watches: contextlib.ExitStack) -> bool:
+        """Let every change wake the reading, until `watches` are closed. False: the kernel will not tell of any."""
+        loop = asyncio.get_running_loop()
         try:
-            async for found in changes:
-                self._touched.update(path for _, path in found)
-                self._wake.set()
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # a directory has gone since it was looked up, or inotify has no watch left
+            changes = Changes(path for path, _, _ in watched)
+        except OSError as error:  # there is a limit for each user
             logger.warning("cannot watch the manifests: %s; looking again in a second", error)
-            await asyncio.sleep(1)
-        self._wake.set()
+            watches.callback(loop.call_later(RETRY, self._look_everywhere).cancel)
+            return False
+        watches.callback(changes.close)
+        loop.add_reader(changes.fileno(), self._notice, changes)
+        watches.callback(loop.remove_reader, changes.fileno())
+        return True
 
-    def _directories(self) -> _Watched:
+    def _notice(self, changes: Changes) -> None:
+        for change in changes.read():
+            self._touched.add(change.path)
+            if change.is_plain and self._is_manifest(change.path):
+                self._wake.set()
+            elif not change.is_plain or self._is_indirect:
+                self._look_everywhere()
+
+    def _is_manifest(self, file: str) -> bool:
+        directory, name = os.path.split(file)
+        return Path(file) in self._paths or (Path(directory) in self._paths and _counts(name))
+
+    def _directories(self) -> tuple[_Watched, bool]:
         """The directories in which a change can matter, with what tells them from others of the same name.
+
+        And whether manifests are reached through links, or missing: then they can change without being touched.
 
         The one that holds a path, for renames and for its return; the path's own; and those that hold what symbolic
         links lead to. Of what does not exist, the nearest that does.
         """
         wanted: set[str] = set()
+        is_indirect = False
         for path in self._paths:
             wanted.update((os.path.dirname(path), os.path.dirname(os.path.realpath(path))))
+            is_indirect |= os.path.realpath(path) != str(path) or not os.path.exists(path)
             if os.path.isdir(path):
                 wanted.add(str(path))
                 with suppress(OSError):
                     links = [file for name in _listing(path) if os.path.islink(file := path / name)]
                     wanted.update(os.path.dirname(os.path.realpath(link)) for link in links)
+                    is_indirect |= bool(links)
         found = set()
         for directory in wanted:
             existing = directory
@@ -151,10 +169,19 @@ class ManifestSource:
             with suppress(OSError):
                 status = os.stat(existing)
                 found.add((existing, status.st_dev, status.st_ino))
-        return tuple(sorted(found))
+        return tuple(sorted(found)), is_indirect
 
-    def _read(self, touched: set[str], everything: bool) -> Snapshot:
-        """Read the files that changed; runs in a thread, never twice at a time."""
+    def _read(self, touched: set[str], *, everywhere: bool, again: bool) -> Snapshot:
+        """Read the files that changed, or everything `again`; runs in a thread, never twice at a time."""
+        if everywhere:
+            self._look(touched, again=again)
+        else:
+            for file in filter(self._is_manifest, sorted(touched)):
+                self._read_file(file, changed=True)
+        return self._store.snapshot()
+
+    def _look(self, touched: set[str], *, again: bool) -> None:
+        """Look at every file, and read those that were touched or look different."""
         present: set[str] = set()
         missing = []
         for path in self._paths:
@@ -162,47 +189,55 @@ class ManifestSource:
                 names = [path / name for name in _listing(path)] if os.path.isdir(path) else [path]
                 path.stat()
             except OSError as error:
-                missing.append(
-                    f"{_printable(path)}: {error.strerror}; what was read from it is served until it is back"
-                )
+                missing.append(f"{printable(path)}: {error.strerror}; what was read from it is served until it is back")
                 present.update(file for file in self._store.files if _is_of(file, path))
                 continue
             for name in names:
                 file = str(name)
                 if file not in present:
                     present.add(file)
-                    self._read_file(file, everything or file in touched or os.path.realpath(file) in touched)
+                    changed = again or file in touched or (self._is_indirect and os.path.realpath(file) in touched)
+                    self._read_file(file, changed=changed)
         self._missing = tuple(missing)
         for file in self._store.files - present:
-            self._store.forget(file)
-            self._stamps.pop(file, None)
-        return self._store.snapshot()
+            self._forget(file)
 
-    def _read_file(self, file: str, changed: bool) -> None:
+    def _forget(self, file: str) -> None:
+        self._stamps.pop(file, None)
+        self._known.pop(file, None)
+        if file in self._store.files:
+            self._store.forget(file)
+
+    def _read_file(self, file: str, *, changed: bool) -> None:
         try:
             text, stamp = _slurp(file, None if changed else self._stamps.get(file))
             if text is None:
                 return
             self._stamps[file] = stamp
-            self._store.replace(file, list(_objects(file, text)))
+            found, self._known[file] = read(file, text, self._known.get(file, {}))
+            self._store.replace(file, found)
         except FileNotFoundError:  # gone since it was listed, or a link that leads nowhere
-            self._stamps.pop(file, None)
-            if file in self._store.files:
-                self._store.forget(file)
+            self._forget(file)
         except (OSError, SyntaxProblem) as error:
             if isinstance(error, OSError):
                 self._stamps.pop(file, None)
             reason = error.strerror if isinstance(error, OSError) else error
-            self._store.refuse(file, f"{_printable(file)}: {reason}; what was read from it before is served")
+            self._store.refuse(file, f"{printable(file)}: {reason}; what was read from it before is served")
 
 
 def _listing(directory: Path) -> list[str]:
     """The manifests in a directory. Editors keep their own files beside them, hidden or with other endings."""
-    return sorted(
-        name
-        for name in os.listdir(directory)
-        if name.endswith(SUFFIXES) and not name.startswith((".", "#")) and not os.path.isdir(directory / name)
-    )
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if _counts(entry.name) and not _is_directory(entry))
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Also at the end of a link; a system call for links alone."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry))
+
+
+def _counts(name: str) -> bool:
+    return name.endswith(SUFFIXES) and not name.startswith((".", "#"))
 
 
 def _is_of(file: str, path: Path) -> bool:
@@ -223,31 +258,3 @@ def _slurp(file: str, known: _Stamp | None) -> tuple[bytes | None, _Stamp]:
     if len(text) > MAX_SIZE:
         raise SyntaxProblem(f"found more than {MAX_SIZE >> 20} MiB; allowed: less; split it into several files")
     return text, stamp
-
-
-def _objects(file: str, text: bytes) -> Iterator[Object | Refused]:
-    """Everything a proxy can use in a file, and what it cannot and why. Raises SyntaxProblem."""
-    documents = read_json(text) if file.endswith(".json") else read_yaml(text)
-    for number, document in enumerate(documents, 1):
-        if document.value is None and not document.problems:
-            continue  # nothing but comments between two `---`
-        where = _printable(file)
-        if len(documents) > 1:
-            where += f" (document {number}, line {document.line})"
-        for item in unpack(document.value):
-            problems = document.problems_of(item)
-            identity = identify(item)
-            try:
-                if problems and not is_other_kind(item):
-                    raise ObjectError(where, str(identity or "object"), problems)
-                found = decode(item, where, allow_loopback=True)
-            except ObjectError as error:
-                yield Refused(identity, str(error))
-            else:
-                if found is not None:
-                    yield found
-
-
-def _printable(path: str | Path) -> str:
-    text = str(path)
-    return text if text.isprintable() else ascii(text)

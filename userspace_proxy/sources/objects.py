@@ -23,6 +23,7 @@ from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.model import (
     DEFAULT_AFFINITY_TIMEOUT,
     Endpoint,
+    Protocol,
     ServicePort,
     ServicePortName,
     SessionAffinity,
@@ -65,6 +66,8 @@ class EndpointSet:
     identity: Identity
     service: tuple[str, str]
     endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]
+    protocols: Mapping[ServicePortName, Protocol]
+    """A service port of the same name and another protocol has other endpoints."""
 
 
 class _Metadata(msgspec.Struct):
@@ -201,17 +204,17 @@ def decode(value: object, where: str, *, allow_loopback: bool = False) -> Servic
         raise ObjectError(where, f"{kind or 'object'}", [_unknown(value)])
     if value.get("apiVersion") != API_VERSIONS[kind]:
         check.refuse("apiVersion", value.get("apiVersion"), API_VERSIONS[kind])
-    try:
-        decoded = msgspec.convert(value, _STRUCTS[kind])
-    except msgspec.ValidationError as error:
-        raise ObjectError(where, str(identity or kind), [*check.problems, _shape_problem(error)]) from None
+    decoded, misshapen = _shaped(value, _STRUCTS[kind])
     labels = (decoded.metadata and decoded.metadata.labels) or {}
     if any(label in labels for label in NOT_OURS):
         logger.debug("%s: %s: labelled for another proxy or headless; skipped", where, identity or kind)
         return None
     found = _read(decoded, kind, labels, check)
-    if check.problems:
-        raise ObjectError(where, str(identity or kind), check.problems)
+    # What has not its shape was read as nothing, and people should hear of it once.
+    known = tuple(f"{path}{next_}" for path in misshapen for next_ in ":.[")
+    others = [problem for problem in check.problems if not problem.startswith(known)]
+    if misshapen or others:
+        raise ObjectError(where, str(identity or kind), [*misshapen.values(), *others])
     return found
 
 
@@ -295,7 +298,8 @@ def _read_slice(decoded: _EndpointSlice, identity: Identity, labels: Mapping[Any
     family = decoded.address_type
     if family not in ("IPv4", "IPv6"):
         check.refuse("addressType", family, "IPv4, IPv6")
-    ports = check.ports("ports", decoded.ports or ())
+    # A port without a number stands for all of them; there is none to send a client to, so it is passed over.
+    ports = [port for port in check.ports("ports", decoded.ports or (), numbered=False) if port.port]
     by_port: dict[str, list[Endpoint]] = {port.name: [] for port in ports}
     for i, endpoint in enumerate(decoded.endpoints or ()):
         conditions = endpoint.conditions or _Conditions()
@@ -310,23 +314,27 @@ def _read_slice(decoded: _EndpointSlice, identity: Identity, labels: Mapping[Any
                 by_port[port.name].append(Endpoint(ip, port.port, ready, serving, bool(conditions.terminating)))
     namespace = identity.namespace
     named = {ServicePortName(namespace, service, name): tuple(found) for name, found in by_port.items()}
-    return EndpointSet(identity, (namespace, service), named)
+    protocols = {ServicePortName(namespace, service, port.name): port.protocol for port in ports}
+    return EndpointSet(identity, (namespace, service), named, protocols)
 
 
 def _read_endpoints(decoded: _Endpoints, identity: Identity, check: Check) -> EndpointSet:
     by_port: dict[str, list[Endpoint]] = {}
+    protocols: dict[ServicePortName, Protocol] = {}
     for i, subset in enumerate(decoded.subsets or ()):
         ports = check.ports(f"subsets[{i}].ports", subset.ports or ())
-        for field, addresses, ready in (
+        protocols |= {ServicePortName(identity.namespace, identity.name, port.name): port.protocol for port in ports}
+        for which, addresses, ready in (
             ("addresses", subset.addresses, True),
             ("notReadyAddresses", subset.not_ready_addresses, False),
         ):
             for j, address in enumerate(addresses or ()):
-                ip = check.endpoint_ip(f"subsets[{i}].{field}[{j}].ip", address.ip)
+                ip = check.endpoint_ip(f"subsets[{i}].{which}[{j}].ip", address.ip)
                 for port in ports:
                     by_port.setdefault(port.name, []).append(Endpoint(ip, port.port, ready, ready))
     key = identity.namespace, identity.name
-    return EndpointSet(identity, key, {ServicePortName(*key, name): tuple(found) for name, found in by_port.items()})
+    named = {ServicePortName(*key, name): tuple(found) for name, found in by_port.items()}
+    return EndpointSet(identity, key, named, protocols)
 
 
 def _kind_of(value: object) -> str:
@@ -348,11 +356,29 @@ def _unknown(value: object) -> str:
     return f"{field}: found {show(value.get(field))}; allowed: what every Kubernetes object says of itself"
 
 
-def _shape_problem(error: msgspec.ValidationError) -> str:
-    """From "Expected `array`, got `str` - at `$.spec.ports`" to words like those of the other problems."""
-    match = re.fullmatch(r"Expected `(.+?)`, got `(.+?)`(?: - at `\$?\.?(.*)`)?", str(error))
-    if match is None:
-        return str(error)
-    expected, got, path = match.groups()
-    words = expected.replace("array", "a list").replace("object", "a mapping").replace(" | null", "")
-    return f"{path or 'object'}: found {got}; allowed: {words}"
+def _shaped(value: Any, struct: type[_Object]) -> tuple[_Object, dict[str, str]]:
+    """The struct, without the parts of the value that have not their shape, and what is said of each of these."""
+    problems: dict[str, str] = {}
+    while True:
+        try:
+            return msgspec.convert(value, struct), problems
+        except msgspec.ValidationError as error:
+            match = re.fullmatch(r"Expected `(.+?)`, got `(.+?)` - at `\$\.(.+)`", str(error))
+            if match is None or match[3] in problems:
+                raise
+            expected, got, path = match.groups()
+            words = expected.replace("array", "a list").replace("object", "a mapping").replace(" | null", "")
+            problems[path] = f"{path}: found {got}; allowed: {words}"
+            value = _blanked(value, re.findall(r"\w+", path))
+
+
+def _blanked(value: Any, path: Sequence[str]) -> Any:
+    """A copy with nothing at the end of the path; in a list, which has no room for nothing, an empty object."""
+    if not path:
+        return None
+    step, *rest = path
+    if isinstance(value, dict):
+        return {**value, step: _blanked(value[step], rest)}
+    at = int(step)
+    inside = _blanked(value[at], rest)
+    return [*value[:at], {} if inside is None else inside, *value[at + 1 :]]

@@ -41,6 +41,8 @@ class Store:
 
     def __init__(self) -> None:
         self._files: dict[str, _File] = {}
+        self._troubled: set[str] = set()
+        """The files that have problems."""
         self._holders: dict[Identity, set[str]] = {}
         """The files that have an object of this identity; the first by name is served."""
         self._contested: set[Identity] = set()
@@ -59,7 +61,7 @@ class Store:
     @property
     def problems(self) -> tuple[str, ...]:
         """Everything that is refused at present."""
-        found = [problem for name in sorted(self._files) for problem in self._files[name].problems]
+        found = [problem for name in sorted(self._troubled) for problem in self._files[name].problems]
         for identity in sorted(self._contested):
             first, *others = sorted(self._holders[identity])
             found += [
@@ -88,10 +90,11 @@ class Store:
                 )
             else:
                 before = old.get(item.identity)
-                new.objects[item.identity] = before if before == item and before is not None else item
+                new.objects[item.identity] = before if before is item or before == item else item
         for identity in keep & old.keys():
             new.objects.setdefault(identity, old[identity])
         self._files[file] = new
+        self._note(file)
         for identity in [*new.objects, *(old.keys() - new.objects.keys())]:
             if old.get(identity) is not new.objects.get(identity):
                 self._settle(identity, file)
@@ -99,6 +102,13 @@ class Store:
     def refuse(self, file: str, problem: str) -> None:
         """A file that cannot be read at all: what it held stays."""
         self._files.setdefault(file, _File()).problems = [problem]
+        self._note(file)
+
+    def _note(self, file: str) -> None:
+        if self._files[file].problems:
+            self._troubled.add(file)
+        else:
+            self._troubled.discard(file)
 
     def forget(self, file: str) -> None:
         """A file that is gone, and its objects with it."""
@@ -145,7 +155,7 @@ class Store:
             old_ports, old_endpoints = self._names.get(key, ((), ()))
             service = self._served.get(Identity("Service", *key))
             ports: Mapping[ServicePortName, ServicePort] = service.ports if isinstance(service, Service) else {}
-            merged = self._merge(key)
+            merged = self._merge(key, ports)
             differs |= _exchange(services, old_ports, ports)
             differs |= _exchange(endpoints, old_endpoints, merged)
             if ports or merged:
@@ -157,7 +167,9 @@ class Store:
             self._snapshot = Snapshot(services, endpoints)
         return self._snapshot
 
-    def _merge(self, key: _ServiceKey) -> dict[ServicePortName, tuple[Endpoint, ...]]:
+    def _merge(
+        self, key: _ServiceKey, ports: Mapping[ServicePortName, ServicePort]
+    ) -> dict[ServicePortName, tuple[Endpoint, ...]]:
         """The endpoints of a service from all its slices; an Endpoints object counts only where there are none."""
         identities = self._endpoint_sets.get(key, ())
         chosen = [identity for identity in identities if identity.kind == "EndpointSlice"] or identities
@@ -166,6 +178,8 @@ class Store:
             found = self._served[identity]
             assert isinstance(found, EndpointSet)
             for name, endpoints in found.endpoints.items():
+                if name in ports and found.protocols[name] is not ports[name].protocol:
+                    continue
                 by_address = merged.setdefault(name, {})
                 for endpoint in endpoints:
                     known = by_address.setdefault(endpoint.address, endpoint)
