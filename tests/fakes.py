@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from userspace_proxy.capture.base import Changes
+from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.model import Redirect
 
@@ -18,6 +18,8 @@ class RecordingCapture:
     def __init__(self) -> None:
         self.redirects: frozenset[Redirect] = frozenset()
         self.calls = 0
+        self.whole = 0
+        """Calls that did not say what the difference is."""
         self.withdrawn = False
         self.error = ""
         self.on_replace: Callable[[frozenset[Redirect]], None] = lambda _: None
@@ -25,9 +27,14 @@ class RecordingCapture:
     async def start(self) -> None:
         self.redirects = frozenset()
 
-    async def replace(self, redirects: Collection[Redirect]) -> Changes:
+    async def replace(self, redirects: Collection[Redirect], difference: Difference | None = None) -> Changes:
         self.calls += 1
         wanted = frozenset(redirects)
+        if difference is None:
+            self.whole += 1
+        else:
+            assert (self.redirects - set(difference.gone)) | set(difference.new) == wanted
+            assert self.redirects >= set(difference.gone)
         self.on_replace(wanted)
         if self.error:
             raise CaptureError(self.error)

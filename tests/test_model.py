@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from userspace_proxy.model import (
     DEFAULT_AFFINITY_TIMEOUT,
@@ -19,6 +21,7 @@ from userspace_proxy.model import (
     SessionAffinity,
     Snapshot,
     SocketKey,
+    changed,
     family_of,
     join_host_port,
 )
@@ -105,3 +108,45 @@ def test_values_are_values() -> None:
     assert Snapshot() == Snapshot({}, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         service.port = 81  # type: ignore[misc]
+
+
+small = st.dictionaries(st.sampled_from("abcdef"), st.integers(1000, 1003))
+
+
+@given(small, small)
+def test_what_changed(before: dict[str, int], now: dict[str, int]) -> None:
+    assert changed(before, now) == {key for key in before | now if before.get(key) != now.get(key)}
+
+
+@given(small, small)
+def test_what_changed_in_a_copy(before: dict[str, int], new: dict[str, int]) -> None:
+    now = before | new
+    assert changed(before, now) == {key for key in now if before.get(key) != now[key]}
+
+
+def test_kept_values_are_not_looked_at() -> None:
+    looked = []
+
+    class Key(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            looked.append(self)
+            return super().__hash__()
+
+    class Value:
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("compared")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    before: dict[str, object] = {Key(number): Value() for number in range(1000)}
+    now = dict(before)
+    now[Key(7)] = "new"
+    looked.clear()
+    before[Key(7)] = "old"
+    looked.clear()
+    found = changed(before, now)
+    times = len(looked)
+    assert found == {"7"}
+    assert times < 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
@@ -18,13 +18,16 @@ from userspace_proxy.model import (
     ServicePort,
     ServicePortName,
     SocketKey,
+    changed,
+    family_of,
 )
 from userspace_proxy.plan import (
     Claim,
     Close,
     LocalPort,
+    Neighbours,
     Open,
-    OwnPortals,
+    OwnPlaces,
     Problem,
     Replace,
     State,
@@ -119,10 +122,10 @@ class TestDesired:
             },
         )
 
-    def test_a_family_that_is_not_served_is_left_out(self) -> None:
+    def test_a_family_that_is_not_served_is_left_out_and_told(self) -> None:
         state, problems = desired({name("a"): service("10.96.0.1", "fd00::1")}, [V4], SERVED, State())
         assert list(state.sockets) == [key("a")]
-        assert problems == []
+        assert [problem.key for problem in problems] == [key("a", V6)]
 
     def test_a_service_port_with_no_family_that_is_served(self) -> None:
         services = {name("a"): service("fd00::1"), name("b"): service("10.96.0.2")}
@@ -258,25 +261,29 @@ class TestFailedSteps:
         assert plan(have, want) == (Open(key("a"), TCP), Claim(PLACE), Replace(want.redirects))
 
 
+def small_worlds(ips: tuple[str, ...]) -> st.SearchStrategy[Services]:
+    """Service ports from a small world full of conflicts."""
+    return st.dictionaries(
+        st.sampled_from([name(text) for text in "abcd"]),
+        st.builds(
+            ServicePort,
+            protocol=st.sampled_from(Protocol),
+            port=st.sampled_from([80, 81]),
+            cluster_ips=st.lists(st.sampled_from(ips), min_size=1, max_size=2, unique=True).map(tuple),
+            node_port=st.sampled_from([0, 0, 30080, 30081]),
+            external_ips=st.lists(st.sampled_from(ips), max_size=2).map(tuple),
+            load_balancer_ips=st.lists(st.sampled_from(ips), max_size=2).map(tuple),
+        ),
+    )
+
+
+WORLDS = small_worlds(("10.96.0.1", "10.96.0.2", "192.0.2.1", "fd00::1"))
+
+
 @st.composite
 def states(draw: st.DrawFn) -> State:
-    """Any state that a node can be in: service ports from a small world full of conflicts."""
-    ips = ["10.96.0.1", "10.96.0.2", "192.0.2.1", "fd00::1"]
-    services = draw(
-        st.dictionaries(
-            st.sampled_from([name(text) for text in "abcd"]),
-            st.builds(
-                ServicePort,
-                protocol=st.sampled_from(Protocol),
-                port=st.sampled_from([80, 81]),
-                cluster_ips=st.lists(st.sampled_from(ips), min_size=1, max_size=2, unique=True).map(tuple),
-                node_port=st.sampled_from([0, 0, 30080, 30081]),
-                external_ips=st.lists(st.sampled_from(ips), max_size=2).map(tuple),
-                load_balancer_ips=st.lists(st.sampled_from(ips), max_size=2).map(tuple),
-            ),
-        )
-    )
-    return desired(services, draw(st.sampled_from([BOTH, (V4,)])), SERVED, State())[0]
+    """Any state that a node can be in."""
+    return desired(draw(WORLDS), draw(st.sampled_from([BOTH, (V4,)])), SERVED, State())[0]
 
 
 class TestAnyPlan:
@@ -335,7 +342,57 @@ class TestAnyPlan:
         assert plan(state, state) == ()
 
 
-class TestOwnPortals:
+class TestNeighbours:
+    def test_who_shares_no_place_is_alone(self) -> None:
+        neighbours = Neighbours()
+        services = {name(str(n)): service(f"10.96.0.{n}") for n in range(1, 100)}
+        neighbours.update(services, services)
+        services[name("7")] = service("10.96.0.7", port=81)
+        part = neighbours.update([name("7")], services)
+        assert part.names == {name("7")}
+        assert part.places == {(V4, TCP, "10.96.0.7", 80), (V4, TCP, "10.96.0.7", 81)}
+
+    def test_a_chain_of_neighbours(self) -> None:
+        neighbours = Neighbours()
+        services = {name(text): A for text in "ab"} | {
+            name("c"): service("10.96.0.3", node_port=30080),
+            name("d"): service("10.96.0.3"),
+            name("e"): service("10.96.0.5"),
+        }
+        assert neighbours.update(services, services).names == services.keys()
+        assert neighbours.update([name("a")], services).names == {name(text) for text in "abcd"}
+
+    def test_who_may_get_a_place_that_becomes_free(self) -> None:
+        neighbours = Neighbours()
+        neighbours.update([name("a"), name("b")], {name("a"): A, name("b"): A})
+        assert neighbours.update([name("a")], {name("b"): A}).names == {name("a"), name("b")}
+        assert neighbours.update([name("b")], {name("b"): A}).names == {name("b")}
+
+    @given(st.lists(WORLDS, min_size=1, max_size=5))
+    def test_planning_a_part_is_planning_the_whole(self, history: list[Services]) -> None:
+        """From change to change only those concerned are planned; the node ends as if all were, each time."""
+        neighbours = Neighbours()
+        whole, node = State(), Node(State())
+        before: Services = {}
+        for services in history:
+            whole = want_of(services, whole)
+            part = neighbours.update(changed(before, services), services)
+            have = State(
+                {k: v for k, v in node.sockets.items() if k.name in part.names},
+                {claim for claim in node.claims if claim.portal.place in part.places},
+                {portal: k for portal, k in node.redirects.items() if portal.place in part.places},
+            )
+            assert {k.name for k in have.redirects.values()} <= part.names
+            want = want_of({n: services[n] for n in sorted(part.names) if n in services}, have)
+            rest = {portal: k for portal, k in node.redirects.items() if portal not in have.redirects}
+            for step in plan(have, want):
+                node.take(Replace(rest | dict(step.redirects)) if isinstance(step, Replace) else step)
+                node.check()
+            assert node.state == whole
+            before = services
+
+
+class TestOwnPlaces:
     LOCAL = ("192.0.2.10", "127.0.0.1", "2001:db8::10")
 
     def own(self, protocol: Protocol, *endpoints: Endpoint) -> list[str]:
@@ -345,9 +402,14 @@ class TestOwnPortals:
             asked.append(ip)
             return ip in self.LOCAL
 
-        redirects: Iterable[Portal] = want_of({name("a"): A, name("b"): service("fd00::1", port=443)}).redirects
-        portals = OwnPortals(redirects, [LocalPort(V4, TCP, 40000), LocalPort(V6, UDP, 40001)], is_local)
-        found = portals.among(protocol, endpoints)
+        own = OwnPlaces(is_local)
+        own.places.update(p.place for p in want_of({name("a"): A, name("b"): service("fd00::1", port=443)}).redirects)
+        own.places.update([(V4, TCP, "", 40000), (V6, UDP, "", 40001)])
+        found = [
+            endpoint
+            for family in BOTH
+            for endpoint in own.among(key("c", family), protocol, [e for e in endpoints if family_of(e.ip) is family])
+        ]
         assert set(asked) <= {e.ip for e in endpoints if e.port in (30080, 40000, 40001)}, "asked without need"
         return [str(endpoint) for endpoint in found]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import socket
@@ -15,10 +16,13 @@ import pytest
 
 from tests.fakes import RecordingCapture
 from tests.proxy import address, listener
+from userspace_proxy import proxier as proxier_module
+from userspace_proxy.capture.base import Difference
 from userspace_proxy.config import PortRange
 from userspace_proxy.metrics import Metrics, Outcome, open_descriptors
 from userspace_proxy.model import (
     Endpoint,
+    IPFamily,
     PortalKind,
     Protocol,
     Redirect,
@@ -55,13 +59,12 @@ class Bench:
 
     async def publish(self, services: dict[Any, ServicePort], endpoints: dict[Any, Any] | None = None) -> None:
         """Publish and wait for the sync that answers it."""
-        calls = self.capture.calls
         self.proxier.publish(Snapshot(services, endpoints or {}))
-        await self.synced(calls)
+        await self.synced()
 
-    async def synced(self, calls: int) -> None:
+    async def synced(self) -> None:
         async with asyncio.timeout(5):
-            while self.capture.calls == calls or self.proxier.progress.waiting_since is not None:  # noqa: ASYNC110 - nobody tells
+            while self.proxier.progress.waiting_since is not None:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.005)
 
     def row(self, name: ServicePortName = WEB) -> dict[str, Any]:
@@ -470,9 +473,141 @@ def test_health_follows_the_syncs(run: Run) -> None:
             assert progress.waiting_since is None
             b.proxier.publish(Snapshot({WEB: tcp()}))
             assert progress.waiting_since is not None
-            await b.synced(0)
+            await b.synced()
             assert progress.waiting_since is None
             assert progress.last_sync is not None
             assert time.monotonic() - progress.last_sync < 5
+
+    run(main())
+
+
+MANY = {ServicePortName("default", f"s{n}"): tcp(f"127.96.{n // 250}.{n % 250 + 1}") for n in range(300)}
+
+
+def test_one_service_change_is_planned_alone_and_told_as_its_difference(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+    original = proxier_module.desired
+
+    def spy(services: dict[Any, ServicePort], *rest: Any) -> Any:
+        planned.append(len(services))
+        return original(services, *rest)
+
+    monkeypatch.setattr(proxier_module, "desired", spy)
+
+    async def main() -> None:
+        async with bench() as b:
+            await b.publish(MANY)
+            name = ServicePortName("default", "s7")
+            await b.publish(MANY | {name: tcp("127.96.0.8", 81)})
+            await b.publish({key: value for key, value in MANY.items() if key != name})
+            assert planned == [300, 1, 0]
+            assert b.capture.whole == 1
+            assert len(b.capture.redirects) == 299
+
+    run(main())
+
+
+def test_only_what_could_not_be_had_is_tried_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[set[ServicePortName]] = []
+    original = proxier_module.desired
+
+    def spy(services: dict[ServicePortName, ServicePort], *rest: Any) -> Any:
+        planned.append(set(services))
+        return original(services, *rest)
+
+    monkeypatch.setattr(proxier_module, "desired", spy)
+
+    async def main() -> None:
+        with socket.socket() as other:
+            other.bind(("0.0.0.0", 30128))
+            async with bench(sync_period=0.05) as b:
+                await b.publish({WEB: tcp(node_port=30128), API: tcp("127.96.0.2")})
+                planned.clear()
+                await asyncio.sleep(0.2)
+                assert planned
+                assert all(names == {WEB} for names in planned)
+
+    run(main())
+
+
+def test_connections_get_their_turn_every_few_steps(run: Run) -> None:
+    async def main() -> None:
+        async with bench() as b:
+            serving = b.proxier._serving
+            turns: list[int] = []
+            over = False
+
+            def turn() -> None:
+                turns.append(len(serving.served) + sum(bool(s.balancer.endpoints) for s in serving.served.values()))
+                if not over:
+                    asyncio.get_running_loop().call_soon(turn)
+
+            turn()
+            await b.publish(MANY)
+            b.proxier.publish(Snapshot(MANY, dict.fromkeys(MANY, ALIVE)))
+            while not all(s.balancer.endpoints for s in serving.served.values()):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await b.publish({})
+            over = True
+            await asyncio.sleep(0)
+            assert max(turns) == 600
+            assert turns[-1] == 0
+            most = max(proxier_module.STEPS_AT_ONCE, proxier_module.CHANGES_AT_ONCE)
+            assert max(abs(now - before) for before, now in itertools.pairwise(turns)) <= 2 * most
+
+    run(main())
+
+
+def test_changes_that_come_all_the_time_do_not_put_off_the_repair(run: Run) -> None:
+    async def main() -> None:
+        async with bench(sync_period=0.2) as b:
+            repairs = []
+            original = b.capture.replace
+
+            async def spy(redirects: Any, difference: Any = None) -> Any:
+                if difference == Difference():
+                    repairs.append(1)
+                return await original(redirects, difference)
+
+            b.capture.replace = spy  # type: ignore[method-assign]
+            for port in range(1, 61):
+                await b.publish({WEB: tcp(port=port)})
+                await asyncio.sleep(0.01)
+            assert len(repairs) >= 2
+
+    run(main())
+
+
+def test_after_a_fault_everything_is_planned_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with bench(sync_period=0.05) as b:
+            await b.publish({WEB: tcp(), API: tcp("127.96.0.2")}, {WEB: ALIVE})
+
+            def fault(*_: Any) -> None:
+                raise ZeroDivisionError
+
+            with monkeypatch.context() as patch:
+                patch.setattr(b.proxier._serving, "close", fault)
+                b.proxier.publish(Snapshot({API: tcp("127.96.0.2", 81)}, {}))
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)
+            assert [key.name for key in b.proxier._serving.served] == [API]
+            assert [r.portal.port for r in b.capture.redirects] == [81]
+
+    run(main())
+
+
+def test_a_family_that_is_not_bound_is_told(run: Run) -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.proxier._bind.pop(IPFamily.IPV6)
+            await b.publish({WEB: ServicePort(Protocol.TCP, 80, ("127.96.0.1", "fd00::1"))}, {WEB: ALIVE})
+            rows = {row["family"]: row for row in b.proxier.report()}
+            assert (rows["IPv4"]["state"], rows["IPv4"]["problems"]) == ("serving", [])
+            assert rows["IPv6"]["state"] == "down"
+            assert "family IPv6 is not served by this proxy" in rows["IPv6"]["problems"][0]
 
     run(main())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import math
 import random
 import socket
 import time
@@ -15,7 +17,7 @@ import pytest
 
 from userspace_proxy.config import PortRange
 from userspace_proxy.metrics import Metrics, Outcome
-from userspace_proxy.model import Endpoint, IPFamily, Protocol, ServicePort, ServicePortName, Snapshot, SocketKey
+from userspace_proxy.model import Endpoint, IPFamily, Protocol, ServicePort, ServicePortName, SocketKey
 from userspace_proxy.plan import LocalPort
 from userspace_proxy.poller import Poller
 from userspace_proxy.serving import Problems, Serving
@@ -32,7 +34,9 @@ UDP = ServicePort(Protocol.UDP, 80, ("127.96.0.1",))
 
 
 @contextmanager
-def serving(*, networks: tuple[str, ...] = (), strangers: bool = False) -> Iterator[Serving]:
+def serving(
+    *, networks: tuple[str, ...] = (), strangers: bool = False, most_descriptors: float = math.inf
+) -> Iterator[Serving]:
     poller = Poller(asyncio.get_running_loop())
     metrics, descriptors = Metrics(), Descriptors(100)
     sockets = {
@@ -46,6 +50,7 @@ def serving(*, networks: tuple[str, ...] = (), strangers: bool = False) -> Itera
         port_range=PortRange(20000, 29999),
         nodeport_networks=networks,
         strangers=strangers,
+        most_descriptors=most_descriptors,
         max_ejection=10.0,
         clock=time.monotonic,
         rng=random.Random(3),
@@ -61,14 +66,16 @@ def serving(*, networks: tuple[str, ...] = (), strangers: bool = False) -> Itera
 def test_trouble_is_logged_when_it_is_new_and_kept_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
     problems = Problems()
     for _ in range(3):
-        problems.begin()
+        problems.begin([NAME])
         problems.note(KEY, "no port")
         problems.note(KEY, "no port")
         assert problems.of(KEY) == ["no port"]
-    problems.begin()
+    problems.begin([])
+    assert problems.of(KEY) == ["no port"], "another's round"
+    problems.begin([NAME])
     assert not problems.of(KEY)
     assert not len(problems)
-    problems.begin()
+    problems.begin([NAME])
     problems.note(KEY, "no port")
     assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2, "once at first, once after it had passed"
 
@@ -80,7 +87,7 @@ def test_a_node_port_is_claimed_on_the_addresses_that_serve_it(run: Run, protoco
     async def main() -> None:
         with serving(networks=("127.0.0.2/31",)) as made:
             place = LocalPort(V4, protocol, 30201)
-            assert made.claim(place, ("127.0.0.2", "127.0.0.3", "::1"), [KEY])
+            assert made.claim(place, ("127.0.0.2", "127.0.0.3", "::1"), KEY)
             assert made.descriptors == 2
             with socket.socket(socket.AF_INET, kind) as other:
                 other.bind(("127.0.0.1", 30201))  # nobody's address for node ports
@@ -97,7 +104,7 @@ def test_a_claim_that_fails_half_way_holds_nothing(run: Run) -> None:
     async def main() -> None:
         with serving(networks=("127.0.0.2/31",)) as made, socket.socket() as other:
             other.bind(("127.0.0.3", 30202))
-            assert not made.claim(LocalPort(V4, Protocol.TCP, 30202), ("127.0.0.2", "127.0.0.3"), [KEY])
+            assert not made.claim(LocalPort(V4, Protocol.TCP, 30202), ("127.0.0.2", "127.0.0.3"), KEY)
             assert made.descriptors == 0
             [problem] = made.problems.of(KEY)
             assert "node port *:30202/TCP (IPv4) is in use on this host: 127.0.0.3:30202" in problem
@@ -108,13 +115,13 @@ def test_a_claim_that_fails_half_way_holds_nothing(run: Run) -> None:
 def test_an_endpoint_that_is_our_own_proxy_port_is_left_out(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         with serving(strangers=True) as made:
-            assert made.open(KEY, TCP, Snapshot({NAME: TCP}), ())
+            assert made.open(KEY, TCP, ())
             port = made.served[KEY].socket.port
-            snapshot = Snapshot({NAME: TCP}, {NAME: (Endpoint("127.0.0.1", port), Endpoint("127.0.0.1", 9))})
-            await made.recognise_ourselves((), lambda: snapshot)
+            made.follow({NAME: (Endpoint("127.0.0.1", port), Endpoint("127.0.0.1", 9))})
+            assert not made.catch_up(1)
             assert made.served[KEY].balancer.endpoints == (("127.0.0.1", 9),)
             assert made.served[KEY].own == (Endpoint("127.0.0.1", port),)
-            await made.recognise_ourselves((), lambda: snapshot)
+            list(made.recognise_ourselves(anew=True))
 
     run(main())
     assert sum("own place" in r.getMessage() for r in caplog.records) == 1
@@ -125,17 +132,17 @@ def test_what_cannot_serve_is_tried_again(run: Run) -> None:
 
     async def main() -> None:
         with serving() as made:
-            assert made.open(KEY, UDP, Snapshot({NAME: UDP}), ())
+            assert made.open(KEY, UDP, ())
             served = made.served[KEY]
-            snapshot = Snapshot({NAME: UDP}, {NAME: (Endpoint("127.0.0.1", 9),)})
             claim = served.socket._claim  # type: ignore[attr-defined]
             claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-            made.follow(Snapshot({NAME: UDP}), snapshot)
-            assert served.failed
+            made.follow({NAME: (Endpoint("127.0.0.1", 9),)})
+            assert not made.catch_up(1)
+            assert made.failed == {KEY}
             assert "cannot be had" in made.problems.of(KEY)[0]
             claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            made.retry(snapshot)
-            assert not served.failed
+            made.retry()
+            assert not made.failed
 
     run(main())
 
@@ -145,13 +152,96 @@ def test_the_report_names_every_service_port(run: Run) -> None:
         with serving() as made:
             other = ServicePortName("default", "api")
             services = {NAME: TCP, other: UDP}
-            made.open(KEY, TCP, Snapshot(services, {NAME: (Endpoint("127.0.0.1", 9),)}), ())
-            api, web = made.report(Snapshot(services))
+            made.follow({NAME: (Endpoint("127.0.0.1", 9),)})
+            made.open(KEY, TCP, ())
+            api, web = made.report(services)
             assert (web["state"], web["endpoints"], web["clusterIPs"]) == (
                 "serving",
                 ["127.0.0.1:9"],
                 ["127.96.0.1:80"],
             )
             assert (api["state"], api["proxyPort"]) == ("down", 0)
+
+    run(main())
+
+
+def test_endpoints_are_given_out_a_few_at_a_time(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            names = [ServicePortName("default", f"s{n}") for n in range(10)]
+            for name in names:
+                assert made.open(SocketKey(name, V4), TCP, ())
+            made.follow(dict.fromkeys(names, (Endpoint("127.0.0.1", 9),)))
+            assert not [s for s in made.served.values() if s.balancer.endpoints]
+            assert made.catch_up(4)
+            assert len([s for s in made.served.values() if s.balancer.endpoints]) == 4
+            assert made.catch_up(5)
+            made.follow(dict.fromkeys(names[1:], (Endpoint("127.0.0.1", 9),)))
+            assert not made.catch_up(5)
+            assert len([s for s in made.served.values() if s.balancer.endpoints]) == 9
+
+    run(main())
+
+
+def test_places_are_looked_for_among_endpoints_when_they_change_and_when_asked(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            place = (V4, Protocol.TCP, "10.96.0.9", 80)
+            assert made.open(KEY, TCP, ())
+            made.follow({NAME: (Endpoint("10.96.0.9", 80), Endpoint("127.0.0.1", 9))})
+            assert not made.catch_up(1)
+            list(made.recognise_ourselves())
+            looks: list[SocketKey] = []
+            original = made._own_among
+
+            def spy(key: SocketKey, *rest: Any) -> Any:
+                looks.append(key)
+                return original(key, *rest)
+
+            made._own_among = spy  # type: ignore[method-assign]
+            made.own([place])
+            list(made.recognise_ourselves())
+            assert looks
+            assert made.served[KEY].balancer.endpoints == (("127.0.0.1", 9),)
+            looks.clear()
+            made.own([place])
+            list(made.recognise_ourselves())
+            assert not looks, "nothing new"
+            made.own((), no_more=[place])
+            list(made.recognise_ourselves())
+            assert len(made.served[KEY].balancer.endpoints) == 2
+            looks.clear()
+            list(made.recognise_ourselves(anew=True))
+            assert looks
+
+    run(main())
+
+
+def test_descriptors_are_left_for_connections(run: Run) -> None:
+    async def main() -> None:
+        with serving(most_descriptors=1) as made:
+            assert made.open(KEY, TCP, ())
+            other = SocketKey(ServicePortName("default", "api"), V4)
+            assert not made.open(other, TCP, ())
+            assert "ulimit -n" in made.problems.of(other)[0]
+            made.close(KEY)
+            assert made.open(other, TCP, ())
+
+    run(main())
+
+
+def test_what_is_wrong_with_every_port_is_tried_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        with serving() as made:
+            tries = []
+
+            def none_left(*_: object) -> None:
+                tries.append(1)
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            monkeypatch.setattr(made._sockets[Protocol.TCP], "open", none_left)
+            assert not made.open(KEY, TCP, ())
+            assert len(tries) == 1
+            assert "Too many open files" in made.problems.of(KEY)[0]
 
     run(main())

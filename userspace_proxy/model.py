@@ -11,9 +11,14 @@ equal strings and go into socket calls as they are. All times are seconds.
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import compress
+from typing import NamedTuple, TypeVar
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 class IPFamily(enum.Enum):
@@ -81,6 +86,10 @@ class SocketKey(NamedTuple):
         return f"{self.name} ({self.family.value})"
 
 
+Place = tuple[IPFamily, Protocol, str, int]
+"""What can be owned once: family, protocol, address (empty: every local one) and port."""
+
+
 class PortalKind(enum.StrEnum):
     CLUSTER_IP = "ClusterIP"
     EXTERNAL_IP = "ExternalIP"
@@ -104,7 +113,7 @@ class Portal(NamedTuple):
     kind: PortalKind
 
     @property
-    def place(self) -> tuple[IPFamily, Protocol, str, int]:
+    def place(self) -> Place:
         return self.family, self.protocol, self.ip, self.port
 
     def __str__(self) -> str:
@@ -198,3 +207,17 @@ class Snapshot:
     endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]] = field(default_factory=dict)
     node: Node | None = None
     """None: there is no cluster, or it has not told of this node yet."""
+
+
+def changed(before: Mapping[_Key, _Value], now: Mapping[_Key, _Value]) -> set[_Key]:
+    """The keys whose values differ, those of one side only included.
+
+    Where `now` was made by copying `before` and putting in what is new, as Snapshots are, nothing is hashed or
+    compared but what was put in: thousands of kept values cost some tens of microseconds.
+    """
+    if len(before) == len(now) and all(map(operator.is_, before, now)):
+        found = set(compress(now, map(operator.is_not, now.values(), before.values())))
+    else:
+        found = {key for key, value in now.items() if before.get(key) is not value}
+        found.update(before.keys() - now.keys())
+    return {key for key in found if before.get(key) != now.get(key)}

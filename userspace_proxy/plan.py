@@ -1,8 +1,9 @@
 """What to do, in which order, so that no client is ever sent where nobody listens.
 
 `desired` says what should be, from a Snapshot's service ports; `plan` says how to get there from what is.
-Both only compute. The proxier carries the steps out, one by one, and keeps what is (its `have`) true to
-what worked. Endpoints are not in here: they go to the load balancers at once and move no socket or rule.
+Both only compute, and both can be asked about the part of a change alone, which `Neighbours` tells. The proxier
+carries the steps out, one by one, and keeps what is (its `have`) true to what worked. Endpoints are not in here:
+they go to the load balancers at once and move no socket or rule.
 
 The safe order. A load balancer knows its endpoints before its socket opens; the socket listens and the
 node port is claimed before the capture sends traffic there. Closing is the same reversed: first the
@@ -29,13 +30,13 @@ from userspace_proxy import ports
 from userspace_proxy.model import (
     Endpoint,
     IPFamily,
+    Place,
     Portal,
     PortalKind,
     Protocol,
     ServicePort,
     ServicePortName,
     SocketKey,
-    family_of,
 )
 
 
@@ -45,6 +46,16 @@ class LocalPort(NamedTuple):
     family: IPFamily
     protocol: Protocol
     port: int
+
+    @classmethod
+    def of(cls, place: Place) -> LocalPort | None:
+        """Not of a place that is an address."""
+        family, protocol, ip, port = place
+        return None if ip else cls(family, protocol, port)
+
+    @property
+    def portal(self) -> Portal:
+        return Portal(self.family, self.protocol, "", self.port, PortalKind.NODE_PORT)
 
     def __str__(self) -> str:
         return f"*:{self.port}/{self.protocol} ({self.family.value})"
@@ -77,7 +88,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Make these the capture's redirects, all of them."""
+    """Make these the redirects of all whom the plan is about."""
 
     redirects: Mapping[Portal, SocketKey]
 
@@ -117,22 +128,15 @@ def desired(
     asked: dict[SocketKey, tuple[Portal, ...]] = {}
     problems: list[Problem] = []
     for name, service in services.items():
-        served = False
         for family in service.families:
-            if family not in families:
-                continue
-            served = True
             key = SocketKey(name, family)
-            if service.protocol in protocols:
+            if family not in families:
+                problems.append(Problem(key, _not_served("family", family.value, [f.value for f in families])))
+            elif service.protocol not in protocols:
+                problems.append(Problem(key, _not_served("protocol", service.protocol, protocols)))
+            else:
                 sockets[key] = service.protocol
                 asked[key] = service.portals(family)
-            else:
-                problems.append(Problem(key, _not_served("protocol", service.protocol, protocols)))
-        if not served:
-            problems += (
-                Problem(SocketKey(name, family), _not_served("family", family.value, [f.value for f in families]))
-                for family in service.families
-            )
     redirects, conflicts = ports.assign(asked, have.redirects)
     problems += (Problem(conflict.wanted_by, str(conflict)) for conflict in conflicts)
     claims = frozenset(_claim(portal) for portal in redirects if portal.kind is PortalKind.NODE_PORT)
@@ -189,33 +193,73 @@ def without(step: Replace, unopened: Collection[SocketKey], unclaimed: Collectio
     )
 
 
-class OwnPortals:
-    """Which endpoints are places of our own: dialled, they would come back to us and be dialled again, for ever.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Service ports, and all places that they ask for or asked for before."""
 
-    Made once for a set of redirects and proxy ports, then asked for each service port.
+    names: AbstractSet[ServicePortName]
+    places: AbstractSet[Place]
+
+
+class Neighbours:
+    """Who asks for which place, so that a change is planned with everybody whom it can concern, and nobody else.
+
+    Whoever asks for a place in common with another may get it or lose it by the other's change, and is a neighbour.
+    Service ports that are not connected by any chain of neighbours can be planned apart, and the steps are the same.
     """
 
-    __slots__ = ("_is_local", "_places", "_ports")
+    __slots__ = ("_askers", "_places")
 
-    def __init__(
-        self, redirects: Iterable[Portal], proxy_ports: Iterable[LocalPort], is_local: Callable[[str], bool]
-    ) -> None:
-        self._places: set[tuple[Protocol, str, int]] = set()
-        self._ports = set(proxy_ports)
+    def __init__(self) -> None:
+        self._places: dict[ServicePortName, tuple[Place, ...]] = {}
+        self._askers: dict[Place, tuple[ServicePortName, ...]] = {}
+
+    def update(self, names: Iterable[ServicePortName], services: Mapping[ServicePortName, ServicePort]) -> Part:
+        """Take over what these ask for now, and say who is concerned; who is not in `services` is gone."""
+        concerned, places = set(names), set[Place]()
+        unseen: set[Place] = set()
+        for name in concerned:
+            unseen.update(self._places.get(name, ()))
+            self._ask(name, services.get(name))
+            unseen.update(self._places.get(name, ()))
+        while unseen:
+            places |= unseen
+            neighbours = {asker for place in unseen for asker in self._askers.get(place, ())} - concerned
+            concerned |= neighbours
+            unseen = {place for name in neighbours for place in self._places[name]} - places
+        return Part(concerned, places)
+
+    def _ask(self, name: ServicePortName, service: ServicePort | None) -> None:
+        for place in self._places.pop(name, ()):
+            askers = tuple(asker for asker in self._askers.pop(place) if asker != name)
+            if askers:
+                self._askers[place] = askers
+        if service is not None:
+            portals = (portal for family in service.families for portal in service.portals(family))
+            places = self._places[name] = tuple(dict.fromkeys(portal.place for portal in portals))
+            for place in places:
+                self._askers[place] = (*self._askers.get(place, ()), name)
+
+
+class OwnPlaces:
+    """Which endpoints are places of our own: dialled, they would come back to us and be dialled again, for ever.
+
+    `places` are those of the redirects and, as ports on every local address, of the proxy sockets.
+    """
+
+    __slots__ = ("_is_local", "places")
+
+    def __init__(self, is_local: Callable[[str], bool]) -> None:
+        self.places: set[Place] = set()
         self._is_local = is_local
-        for portal in redirects:
-            if portal.kind is PortalKind.NODE_PORT:
-                self._ports.add(_claim(portal))
-            else:
-                self._places.add((portal.protocol, portal.ip, portal.port))
 
-    def among(self, protocol: Protocol, endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
-        """Those of the endpoints that must not be dialled."""
-        return tuple(endpoint for endpoint in endpoints if self._is_own(protocol, endpoint))
-
-    def _is_own(self, protocol: Protocol, endpoint: Endpoint) -> bool:
-        if (protocol, endpoint.ip, endpoint.port) in self._places:
-            return True
-        # In this order: few ports are ours, and which addresses are local may have to be looked up.
-        place = LocalPort(family_of(endpoint.ip), protocol, endpoint.port)
-        return place in self._ports and self._is_local(endpoint.ip)
+    def among(self, key: SocketKey, protocol: Protocol, endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+        """Those of the endpoints, all of the key's family, that must not be dialled."""
+        places, family = self.places, key.family
+        return tuple(
+            endpoint
+            for endpoint in endpoints
+            if (family, protocol, endpoint.ip, endpoint.port) in places
+            # In this order: few ports are ours, and which addresses are local has to be looked up.
+            or ((family, protocol, "", endpoint.port) in places and self._is_local(endpoint.ip))
+        )

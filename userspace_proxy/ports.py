@@ -16,10 +16,7 @@ from dataclasses import dataclass
 
 from userspace_proxy.config import PortRange
 from userspace_proxy.exceptions import PortError
-from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey
-
-Place = tuple[IPFamily, Protocol, str, int]
-"""What can be owned once: `Portal.place`."""
+from userspace_proxy.model import Place, Portal, SocketKey
 
 
 class Dice(typing.Protocol):

@@ -6,6 +6,10 @@ mark the state as due: one sync at a time takes the newest Snapshot, asks `plan`
 out. Syncs are at least the minimum period apart, and at most the sync period, so that what others
 changed in the kernel is repaired and what failed is tried again.
 
+The loop is the data path's too, so a change costs what changed, not what there is: Snapshots are compared by
+identity, a sync plans the service ports that changed and their neighbours, and the capture is told the difference.
+What concerns all of them is done in slices.
+
 Nothing here ends the loop: what goes wrong with one service port is noted there, and told by `report`.
 Which step comes when is decided in `plan`; what a step does is in `serving` and `capture`.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import defaultdict
@@ -21,7 +26,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from userspace_proxy import host
-from userspace_proxy.capture.base import Capture, Changes
+from userspace_proxy.capture.base import Capture
+from userspace_proxy.captured import Captured
 from userspace_proxy.config import PortRange
 from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.metrics import Metrics
@@ -34,13 +40,16 @@ from userspace_proxy.model import (
     ServicePortName,
     Snapshot,
     SocketKey,
+    changed,
     family_of,
 )
 from userspace_proxy.plan import (
     Claim,
     Close,
     LocalPort,
+    Neighbours,
     Open,
+    Part,
     Problem,
     Replace,
     State,
@@ -55,8 +64,10 @@ from userspace_proxy.sockets.base import ProxySockets
 
 logger = logging.getLogger(__name__)
 
-STEPS = 100
-"""Steps of a plan that are carried out before connections get their turn."""
+CHANGES_AT_ONCE = 64
+"""Service ports given their new endpoints between two turns of the data path; each may take two system calls."""
+STEPS_AT_ONCE = 16
+"""Steps carried out between two turns of the data path; opening a socket takes up to 0.1 ms."""
 
 
 @dataclass(slots=True)
@@ -67,6 +78,17 @@ class Progress:
     waiting_since: float | None = None
     capture_error: str = ""
     first_sync: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do about a part of the service ports."""
+
+    part: Part
+    have: State
+    want: State
+    problems: Sequence[Problem]
+    steps: Sequence[Step]
 
 
 class Proxier:
@@ -82,12 +104,14 @@ class Proxier:
         sync_period: float = 30.0,
         min_sync_period: float = 1.0,
         max_ejection: float = 0.0,
+        most_descriptors: float = math.inf,
         after_sync: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
         self.progress = Progress()
         self._capture = capture
+        self._captured = Captured(capture, metrics)
         self._protocols = tuple(sockets)
         self._metrics = metrics
         self._nodeport_networks = nodeport_networks
@@ -106,18 +130,24 @@ class Proxier:
             port_range=port_range,
             nodeport_networks=nodeport_networks,
             strangers=not capture.rewrites_destination,
+            most_descriptors=most_descriptors,
             max_ejection=max_ejection,
             clock=clock,
             rng=rng or random.Random(),
         )
         self._snapshot: Snapshot | None = None
+        self._neighbours = Neighbours()
+        self._changed: set[ServicePortName] = set()
+        """Services that differ from what was planned last."""
+        self._unmet: set[ServicePortName] = set()
+        """For whom something could not be had, and is asked for again at every sync."""
+        self._underway: set[ServicePortName] = set()
+        """Whom the present sync plans for; after one that did not come to its end, whom it did."""
+        self._repaired = -math.inf
+        self._catching_up = False
         self._due = asyncio.Event()
         self._turn = asyncio.Lock()
         self._stopped = False
-        self._redirects: Mapping[Portal, SocketKey] = {}
-        self._refused: tuple[str, ...] = ()
-        self._settled: Mapping[ServicePortName, ServicePort] | None = None
-        """Services for which there was nothing left to do."""
 
     # -- what comes in
 
@@ -126,9 +156,18 @@ class Proxier:
         if self._stopped:
             return  # an endpoint more or less must not make a socket listen again
         before, self._snapshot = self._snapshot, snapshot
-        if before is None or before.services != snapshot.services:
+        services = changed(before.services if before else {}, snapshot.services)
+        if before is None or services:
+            self._changed |= services
             self._mark_due()
-        self._serving.follow(before or Snapshot(), snapshot)
+        self._serving.follow(snapshot.endpoints)
+        if not self._catching_up:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        self._catching_up = not self._stopped and self._serving.catch_up(CHANGES_AT_ONCE)
+        if self._catching_up:
+            asyncio.get_running_loop().call_soon(self._catch_up)
 
     def _mark_due(self) -> None:
         if self.progress.waiting_since is None:
@@ -165,6 +204,7 @@ class Proxier:
             logger.exception("a sync failed; it is tried again within %g s", self._sync_period)
             self._metrics.sync_failures.inc()
             return
+        self.progress.capture_error = self._captured.error
         # What came meanwhile waits for the next sync.
         self.progress.waiting_since = started if self._due.is_set() else None
         self.progress.last_sync = self._clock()
@@ -179,74 +219,98 @@ class Proxier:
     async def _sync(self) -> None:
         snapshot = self._snapshot
         assert snapshot is not None
-        if self._settled is snapshot.services and not self._serving.problems:
-            # Nothing to decide: tens of milliseconds at thousands of services, and the data path waits for them.
-            await self._replace(self._redirects)
-        else:
-            await self._decide_and_act(snapshot)
+        # At first, and after a failure, when what was planned and what is have parted.
+        everything = bool(self._underway) or not self._captured.known
+        self._underway |= self._changed | self._unmet | {key.name for key in self._serving.failed}
+        self._changed = set()
+        if everything:
+            self._underway |= snapshot.services.keys() | {key.name for key in self._serving.served}
+            self._repaired = self._clock()
+        if self._underway or everything:
+            await self._decide_and_act(self._underway, snapshot, everything=everything)
+        # Half of the period, so that changes that come all the time cannot put it off beyond the whole of it.
+        if not self._underway or self._clock() - self._repaired >= self._sync_period / 2:
+            await self._repair()
+        self._underway = set()
+
+    async def _repair(self) -> None:
+        """What others have changed, and what has changed about this host."""
+        self._repaired = self._clock()
+        if self._captured.known:
+            await self._captured.repair()
+        await self._recognise_ourselves(anew=True)
         self._serving.purge()
 
-    async def _decide_and_act(self, snapshot: Snapshot) -> None:
+    async def _decide_and_act(self, names: set[ServicePortName], snapshot: Snapshot, *, everything: bool) -> None:
         serving = self._serving
-        serving.problems.begin()
-        have = State(
-            {key: served.service.protocol for key, served in serving.served.items()},
-            frozenset(serving.claims),
-            self._redirects,
-        )
-        # In a thread: at thousands of services this takes tens of milliseconds, which no connection should wait.
-        want, problems, steps = await asyncio.to_thread(self._decide, snapshot.services, have)
-        for problem in problems:
+        # A thread, because planning thousands at the start takes a tenth of a second.
+        decision = await asyncio.to_thread(self._decide, names, snapshot.services, everything=everything)
+        part, have, want = decision.part, decision.have, decision.want
+        serving.problems.begin(part.names)
+        for problem in decision.problems:
             serving.problems.note(problem.key, problem.message)
-        serving.adopt(snapshot.services)
-        if steps:  # portals are known before they open, proxy ports once they have
-            await serving.recognise_ourselves(want.redirects, self._newest)
-        if await self._carry_out(steps, want, snapshot):
-            self._settled = snapshot.services
-        if any(isinstance(step, Open) for step in steps):
-            await serving.recognise_ourselves(want.redirects, self._newest)
-        serving.retry(self._newest())
-
-    def _newest(self) -> Snapshot:
-        assert self._snapshot is not None
-        return self._snapshot
+        serving.adopt(part.names, snapshot.services)
+        # Portals are known before they open, proxy ports once they have.
+        serving.own(portal.place for portal in want.redirects)
+        await self._recognise_ourselves()
+        if await self._carry_out(decision, snapshot):
+            wanted = {portal.place for portal in want.redirects}
+            serving.own((), no_more={portal.place for portal in have.redirects} - wanted)
+        await self._recognise_ourselves()
+        serving.retry()
 
     def _decide(
-        self, services: Mapping[ServicePortName, ServicePort], have: State
-    ) -> tuple[State, list[Problem], tuple[Step, ...]]:
-        """What should be, why not all of it can be, and how to get there."""
-        want, problems = desired(services, self._bind, self._protocols, have)
+        self, names: set[ServicePortName], services: Mapping[ServicePortName, ServicePort], *, everything: bool
+    ) -> Decision:
+        """What to do about these service ports and their neighbours. Changes nothing that a sync has not for itself."""
+        part = self._neighbours.update(names, services)
+        if everything:
+            held = {place.portal.place for place in self._serving.claims}
+            part = Part(part.names, part.places | held | self._captured.redirects.keys())
+        found = [redirect for place in part.places if (redirect := self._captured.redirects.get(place))]
+        have = State(
+            {key: self._serving.served[key].service.protocol for key in self._serving.keys(part.names)},
+            {local for place in part.places if (local := LocalPort.of(place)) in self._serving.claims},
+            {redirect.portal: SocketKey(redirect.owner, redirect.portal.family) for redirect in found},
+        )
+        concerned = {name: services[name] for name in sorted(part.names) if name in services}
+        want, problems = desired(concerned, self._bind, self._protocols, have)
         if not self._capture.rewrites_destination:
             want = State(want.sockets)
-        return want, problems, plan(have, want)
+        return Decision(part, have, want, problems, plan(have, want))
 
-    async def _carry_out(self, steps: Sequence[Step], want: State, snapshot: Snapshot) -> bool:
-        """Whether every step was gone through; what depends on one that failed is left out, and noted."""
-        serving = self._serving
-        node_ports = {place.port for place in want.claims}
+    async def _recognise_ourselves(self, *, anew: bool = False) -> None:
+        for _ in self._serving.recognise_ourselves(anew=anew):
+            await asyncio.sleep(0)
+
+    async def _carry_out(self, decision: Decision, snapshot: Snapshot) -> bool:
+        """Whether every step was gone through; what depends on one that failed is left out, and asked for again."""
+        serving, want = self._serving, decision.want
+        node_ports = {place.port for place in (*serving.claims, *want.claims)}
         unopened: set[SocketKey] = set()
-        unclaimed: set[LocalPort] = set()
-        addresses = await self._nodeport_addresses(steps)
-        replaced = False
-        for number, step in enumerate(steps, 1):
-            if number % STEPS == 0:
-                await asyncio.sleep(0)
+        unclaimed: dict[LocalPort, SocketKey] = {}
+        addresses = await self._nodeport_addresses(decision.steps)
+        for number, step in enumerate(decision.steps, 1):
             match step:
                 case Open(key, _):
-                    if not serving.open(key, snapshot.services[key.name], self._newest(), node_ports):
+                    if not serving.open(key, snapshot.services[key.name], node_ports):
                         unopened.add(key)
                 case Claim(place):
-                    if not serving.claim(place, addresses, _owners(place, want)):
-                        unclaimed.add(place)
+                    owner = want.redirects[place.portal]
+                    if not serving.claim(place, addresses, owner):
+                        unclaimed[place] = owner
                 case Replace():
-                    replaced = True
-                    if not await self._replace(without(step, unopened, unclaimed).redirects):
+                    if not await self._replace(decision.part, without(step, unopened, unclaimed).redirects):
                         return False
                 case Unclaim(place):
                     serving.unclaim(place)
                 case Close(key):
                     serving.close(key)
-        return replaced or await self._replace(self._redirects)
+            if number % STEPS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        self._unmet -= decision.part.names
+        self._unmet |= {key.name for key in (*unopened, *unclaimed.values())}
+        return self._captured.known or await self._captured.repair()
 
     async def _nodeport_addresses(self, steps: Iterable[Step]) -> tuple[str, ...]:
         """The addresses node ports are claimed on where --nodeport-addresses says so; else none, for all."""
@@ -254,57 +318,22 @@ class Proxier:
             return ()
         return await asyncio.to_thread(host.local_addresses, self._nodeport_networks)
 
-    async def _replace(self, redirects: Mapping[Portal, SocketKey]) -> bool:
-        """Make the capture's redirects these. Sockets admit what is new before, and what is gone until after."""
-        served = self._serving.served
-        changing = self._changing(redirects)
-        for key, wanted in changing.items():
-            self._serving.admit(key, served[key].admitted | wanted)
-        try:
-            changes = await self._capture.replace(
-                [Redirect(portal, served[key].socket.port, key.name) for portal, key in redirects.items()]
-            )
-        except CaptureError as error:
-            self._metrics.capture_failures.inc()
-            if str(error) != self.progress.capture_error:
-                logger.error("capture %s: %s; tried again at every sync", self._capture.name, error)
-            self.progress.capture_error = str(error)
-            return False
-        self.progress.capture_error = ""
-        self._redirects = redirects
-        for key, wanted in changing.items():
-            served[key].admitted = wanted
-            self._serving.admit(key, wanted)
-        self._tell(changes)
-        return True
-
-    def _changing(self, redirects: Mapping[Portal, SocketKey]) -> dict[SocketKey, frozenset[Portal]]:
-        """The open sockets that these redirects give other portals than they admit now, and which."""
-        if redirects is self._redirects:
-            return {}
+    async def _replace(self, part: Part, portals: Mapping[Portal, SocketKey]) -> bool:
+        """Make these the redirects of a part. Sockets admit what is new before, and what is gone until after."""
+        serving, served = self._serving, self._serving.served
         wanted: defaultdict[SocketKey, set[Portal]] = defaultdict(set)
-        for portal, key in redirects.items():
+        for portal, key in portals.items():
             wanted[key].add(portal)
-        nothing: set[Portal] = set()
-        return {
-            key: frozenset(wanted.get(key, nothing))
-            for key, served in self._serving.served.items()
-            if served.admitted != wanted.get(key, nothing)
-        }
-
-    def _tell(self, changes: Changes) -> None:
-        name = self._capture.name
-        for change, count in (("added", changes.added), ("removed", changes.removed), ("repaired", changes.repaired)):
-            self._metrics.capture_changes.labels(change).inc(count)
-        for problem in changes.refused:
-            if problem not in self._refused:
-                logger.warning("capture %s: refused: %s; the other redirects are in force", name, problem)
-        self._metrics.capture_failures.inc(len(changes.refused))
-        self._refused = changes.refused
-        if changes.repaired:
-            logger.warning("capture %s: %d rules had been changed by others and are repaired", name, changes.repaired)
-        elif changes.added or changes.removed:
-            logger.info("capture %s: %d rules added, %d removed", name, changes.added, changes.removed)
+        changing = [key for key in serving.keys(part.names) if served[key].admitted != wanted.get(key, frozenset())]
+        for key in changing:
+            serving.admit(key, served[key].admitted | wanted.get(key, set()))
+        redirects = [Redirect(portal, served[key].socket.port, key.name) for portal, key in portals.items()]
+        if not await self._captured.exchange(part.places, redirects):
+            return False
+        for key in changing:
+            served[key].admitted = frozenset(wanted.get(key, ()))
+            serving.admit(key, served[key].admitted)
+        return True
 
     # -- the end
 
@@ -347,12 +376,4 @@ class Proxier:
 
     def report(self) -> list[dict[str, object]]:
         """Every service port and what became of it; for /services and the table at the start."""
-        return self._serving.report(self._snapshot or Snapshot())
-
-
-def _owners(place: LocalPort, want: State) -> list[SocketKey]:
-    return [
-        key
-        for portal, key in want.redirects.items()
-        if not portal.ip and LocalPort(portal.family, portal.protocol, portal.port) == place
-    ]
+        return self._serving.report((self._snapshot or Snapshot()).services)

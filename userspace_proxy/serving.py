@@ -7,43 +7,46 @@ the capture for traffic. What a socket does with its clients is in `sockets`.
 
 from __future__ import annotations
 
-import asyncio
+import errno
 import logging
+import math
 import random
 import socket
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy import host
 from userspace_proxy.config import PortRange
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
-from userspace_proxy.metrics import Metrics
+from userspace_proxy.metrics import Metrics, ServicePortMetrics
 from userspace_proxy.model import (
     Endpoint,
     IPFamily,
+    Place,
     Portal,
     Protocol,
     ServicePort,
     ServicePortName,
-    Snapshot,
     SocketKey,
+    changed,
     family_of,
     join_host_port,
 )
-from userspace_proxy.plan import LocalPort, OwnPortals
+from userspace_proxy.plan import LocalPort, OwnPlaces
 from userspace_proxy.ports import ProxyPorts
 from userspace_proxy.sockets.base import ProxySocket, ProxySockets, claim
 
 logger = logging.getLogger(__name__)
 
+SLICE = 256
+"""Service ports looked at between two turns of the data path: less than a millisecond."""
+
 TRIES = 256
 """Proxy ports tried for one service port in one sync; with more of them taken, something else is wrong."""
 
-AT_ONCE = 200
-"""Service ports looked at before connections get their turn."""
-
+_PORT_IS_NOT_OURS = frozenset({errno.EADDRINUSE, errno.EACCES})
 _KIND = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 
 
@@ -57,9 +60,10 @@ class Problems:
     def __len__(self) -> int:
         return len(self._now)
 
-    def begin(self) -> None:
-        """A new round: what is not noted again has passed."""
-        self._before, self._now = self._now, {}
+    def begin(self, names: Iterable[ServicePortName]) -> None:
+        """A new round for these service ports: what is not noted again has passed."""
+        keys = (SocketKey(name, family) for name in names for family in IPFamily)
+        self._before = {key: self._now.pop(key) for key in keys if key in self._now}
 
     def note(self, key: SocketKey, message: str) -> None:
         found = self._now.setdefault(key, [])
@@ -83,8 +87,6 @@ class Served:
     admitted: frozenset[Portal] = frozenset()
     own: tuple[Endpoint, ...] = ()
     """Endpoints left out because they are places of ours: dialled, they would dial us."""
-    failed: bool = False
-    """It could not be made to serve or to refuse; tried again at the next sync."""
 
 
 class Serving:
@@ -99,6 +101,7 @@ class Serving:
         port_range: PortRange,
         nodeport_networks: Sequence[str],
         strangers: bool,
+        most_descriptors: float = math.inf,
         max_ejection: float,
         clock: Callable[[], float],
         rng: random.Random,
@@ -106,50 +109,83 @@ class Serving:
         self.problems = Problems()
         self.served: dict[SocketKey, Served] = {}
         self.claims: dict[LocalPort, list[socket.socket]] = {}
+        self._claim_sockets = 0
         self._sockets = sockets
         self._metrics = metrics
         self._bind = bind
         self._nodeport_networks = nodeport_networks
         self._strangers = strangers
+        self._most_descriptors = most_descriptors
         self._max_ejection = max_ejection
         self._clock = clock
         self._rng = rng
         self._proxy_ports = ProxyPorts(port_range, rng)
         self._keys: defaultdict[ServicePortName, list[SocketKey]] = defaultdict(list)
-        self._own = OwnPortals((), (), host.is_local_address)
+        self._endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]] = {}
+        self._late: deque[ServicePortName] = deque()
+        """Whose endpoints changed, and who has not been told of it yet."""
+        self._own = OwnPlaces(host.is_local_address)
+        self._own_changed = False
+        self.failed: set[SocketKey] = set()
+        """Could not be made to serve or to refuse; tried again at the next sync."""
+
+    def keys(self, names: Iterable[ServicePortName]) -> Iterator[SocketKey]:
+        """The open sockets of these service ports."""
+        return (key for name in names for key in self._keys.get(name, ()))
 
     # -- endpoints
 
-    def follow(self, before: Snapshot, now: Snapshot) -> None:
-        """Give every socket whose endpoints changed its new ones, at once."""
-        if before.endpoints is now.endpoints:
-            return
-        changed = {name for name, found in now.endpoints.items() if before.endpoints.get(name) is not found}
-        changed.update(name for name in before.endpoints if name not in now.endpoints)
-        for name in changed:
-            for key in self._keys.get(name, ()):
-                self._update(key, self.served[key], now)
+    def follow(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> None:
+        """Take over all endpoints. Whose changed is told by `catch_up`."""
+        self._late.extend(changed(self._endpoints, endpoints))
+        self._endpoints = endpoints
 
-    def retry(self, snapshot: Snapshot) -> None:
+    def catch_up(self, most: int) -> bool:
+        """Give up to so many service ports their new endpoints; say whether others are still waiting."""
+        for _ in range(min(most, len(self._late))):
+            for key in self._keys.get(self._late.popleft(), ()):
+                self._update(key, self.served[key])
+        return bool(self._late)
+
+    def retry(self) -> None:
         """Try again what could not be made to serve or to refuse."""
-        for key, served in self.served.items():
-            if served.failed:
-                self._update(key, served, snapshot)
+        for key in list(self.failed):
+            self._update(key, self.served[key])
 
-    async def recognise_ourselves(self, redirects: Iterable[Portal], newest: Callable[[], Snapshot]) -> None:
-        """Learn which places are ours, and look at all endpoints again with that in mind, a few at a time."""
-        proxy_ports = [LocalPort(key.family, s.service.protocol, s.socket.port) for key, s in self.served.items()]
-        self._own = OwnPortals(redirects, proxy_ports, host.is_local_address)
-        for number, (key, served) in enumerate(list(self.served.items()), 1):
-            if number % AT_ONCE == 0:
-                await asyncio.sleep(0)
-            if self._own.among(served.service.protocol, _endpoints(key, newest())) != served.own:
-                self._update(key, served, newest())
+    def own(self, places: Iterable[Place], *, no_more: Iterable[Place] = ()) -> None:
+        """Learn which places are redirected to us."""
+        before = len(self._own.places)
+        self._own.places.difference_update(no_more)
+        self._own_changed |= before != len(self._own.places)
+        before = len(self._own.places)
+        self._own.places.update(places)
+        self._own_changed |= before != len(self._own.places)
 
-    def _update(self, key: SocketKey, served: Served, snapshot: Snapshot) -> None:
+    def recognise_ourselves(self, *, anew: bool = False) -> Iterator[None]:
+        """Look at all endpoints again with our own places in mind, if these changed; a slice at each `next`.
+
+        `anew`: even if they did not, as other addresses may be this host's by now.
+        """
+        if not self._own_changed and not anew:
+            return
+        self._own_changed = False
+        for number, key in enumerate(list(self.served), 1):
+            served = self.served.get(key)
+            if served is not None and self._own_among(key, served, self._endpoints_of(key)) != served.own:
+                self._update(key, served)
+            if number % SLICE == 0:
+                yield
+
+    def _endpoints_of(self, key: SocketKey) -> tuple[Endpoint, ...]:
+        return tuple(e for e in self._endpoints.get(key.name, ()) if family_of(e.ip) is key.family)
+
+    def _own_among(self, key: SocketKey, served: Served, endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+        return self._own.among(key, served.service.protocol, endpoints)
+
+    def _update(self, key: SocketKey, served: Served) -> None:
         """Bring the balancer up to date, and serve or refuse accordingly."""
-        endpoints = _endpoints(key, snapshot)
-        own = self._own.among(served.service.protocol, endpoints)
+        endpoints = self._endpoints_of(key)
+        own = self._own_among(key, served, endpoints)
         if own and own != served.own:
             logger.warning(
                 "%s: endpoint %s is this proxy's own place and is not dialled, it would come back for ever; "
@@ -164,40 +200,34 @@ class Serving:
                 served.socket.serve()
             else:
                 served.socket.refuse()
-            served.failed = False
+            self.failed.discard(key)
         except PortError as error:
             self.problems.note(key, str(error))
-            served.failed = True
+            self.failed.add(key)
 
     # -- sockets
 
-    def adopt(self, services: Mapping[ServicePortName, ServicePort]) -> None:
-        """Changes of a service port that move no socket: affinity, and what is compared next time."""
-        for key, served in self.served.items():
-            service = services.get(key.name)
+    def adopt(self, names: Iterable[ServicePortName], services: Mapping[ServicePortName, ServicePort]) -> None:
+        """Changes of service ports that move no socket: affinity, and what is compared next time."""
+        for key in self.keys(names):
+            service, served = services.get(key.name), self.served[key]
             if service is None or service is served.service or service.protocol is not served.service.protocol:
                 continue
             served.balancer.configure(service.affinity, service.affinity_timeout)
             served.service = service
             logger.info("%s: changed: %s", key.name, _portals(service, key.family))
 
-    def open(self, key: SocketKey, service: ServicePort, snapshot: Snapshot, avoid: Collection[int]) -> bool:
+    def open(self, key: SocketKey, service: ServicePort, avoid: Container[int]) -> bool:
         """Open a proxy socket on a port that is not to be avoided; the balancer has its endpoints before."""
         protocol = service.protocol
         balancer = LoadBalancer(
             self._clock, self._rng, service.affinity, service.affinity_timeout, max_ejection=self._max_ejection
         )
         metrics = self._metrics.service_port(key, protocol.value)
-        reason = "every port of the range is taken by a service port"
-        for _, port in zip(range(TRIES), self._proxy_ports.candidates(avoid), strict=False):
-            try:
-                proxy_socket = self._sockets[protocol].open(key, self._bind[key.family], port, balancer, metrics)
-            except (PortError, OSError) as error:
-                reason = str(error)
-                continue
-            break
-        else:
-            self.problems.note(key, f"no proxy port: {reason}; see --proxy-port-range")
+        try:
+            proxy_socket = self._open_somewhere(key, protocol, avoid, balancer, metrics)
+        except PortError as error:
+            self.problems.note(key, str(error))
             self._metrics.drop(key)
             return False
         self._proxy_ports.take(proxy_socket.port)
@@ -207,10 +237,36 @@ class Serving:
         served = self.served[key] = Served(service, proxy_socket, balancer)
         self._keys[key.name].append(key)
         proxy_socket.admit(None if self._strangers else ())
-        self._update(key, served, snapshot)
+        self.own([_proxy_place(key, served)])
+        self._update(key, served)
         where = _portals(service, key.family)
         logger.info("%s: opened on proxy port %d/%s for %s", key.name, proxy_socket.port, protocol, where)
         return True
+
+    def _open_somewhere(
+        self,
+        key: SocketKey,
+        protocol: Protocol,
+        avoid: Container[int],
+        balancer: LoadBalancer,
+        metrics: ServicePortMetrics,
+    ) -> ProxySocket:
+        """Raises PortError."""
+        if self.descriptors >= self._most_descriptors:
+            raise PortError(
+                f"no proxy port: proxy sockets and node ports hold {self.descriptors} descriptors, and the others are "
+                "for connections; allow more (ulimit -n), or serve one family only (--bind-address)"
+            )
+        reason = "every port of the range is taken by a service port"
+        for _, port in zip(range(TRIES), self._proxy_ports.candidates(avoid), strict=False):
+            try:
+                return self._sockets[protocol].open(key, self._bind[key.family], port, balancer, metrics)
+            except (PortError, OSError) as error:
+                reason = str(error)
+                cause = error.__cause__ or error
+                if not isinstance(cause, OSError) or cause.errno not in _PORT_IS_NOT_OURS:
+                    break  # what is wrong is not the port
+        raise PortError(f"no proxy port: {reason}; see --proxy-port-range")
 
     def admit(self, key: SocketKey, portals: frozenset[Portal]) -> None:
         """Let clients in who were sent through these portals, and nobody else."""
@@ -222,6 +278,8 @@ class Serving:
         self._keys[key.name].remove(key)
         if not self._keys[key.name]:
             del self._keys[key.name]
+        self.failed.discard(key)
+        self.own((), no_more=[_proxy_place(key, served)])
         served.socket.close()
         self._proxy_ports.release(served.socket.port)
         self._metrics.drop(key)
@@ -229,8 +287,8 @@ class Serving:
 
     # -- node ports
 
-    def claim(self, place: LocalPort, addresses: Sequence[str], owners: Collection[SocketKey]) -> bool:
-        """Hold a node port, on `addresses` where only some networks serve node ports; what fails is told the owners."""
+    def claim(self, place: LocalPort, addresses: Sequence[str], owner: SocketKey) -> bool:
+        """Hold a node port, on `addresses` where only some networks serve node ports; what fails is told its owner."""
         held: list[socket.socket] = []
         ips = [ip for ip in addresses if family_of(ip) is place.family]
         try:
@@ -239,14 +297,16 @@ class Serving:
         except (PortError, OSError) as error:
             for sock in held:
                 sock.close()
-            for key in owners:
-                self.problems.note(key, f"node port {place} is in use on this host: {error}; end what uses it")
+            self.problems.note(owner, f"node port {place} is in use on this host: {error}; end what uses it")
             return False
         self.claims[place] = held
+        self._claim_sockets += len(held)
         return True
 
     def unclaim(self, place: LocalPort) -> None:
-        for sock in self.claims.pop(place):
+        held = self.claims.pop(place)
+        self._claim_sockets -= len(held)
+        for sock in held:
             sock.close()
 
     # -- all of them
@@ -273,19 +333,15 @@ class Serving:
     @property
     def descriptors(self) -> int:
         """Held by proxy sockets and claims."""
-        return len(self.served) + sum(map(len, self.claims.values()))
+        return len(self.served) + self._claim_sockets
 
-    def report(self, snapshot: Snapshot) -> list[dict[str, object]]:
-        """Every service port of the Snapshot and what became of it."""
+    def report(self, services: Mapping[ServicePortName, ServicePort]) -> list[dict[str, object]]:
+        """Every service port and what became of it."""
         return [
             _row(key, service, self.served.get(key), self.problems.of(key))
-            for name, service in sorted(snapshot.services.items())
+            for name, service in sorted(services.items())
             for key in (SocketKey(name, family) for family in service.families)
         ]
-
-
-def _endpoints(key: SocketKey, snapshot: Snapshot) -> tuple[Endpoint, ...]:
-    return tuple(e for e in snapshot.endpoints.get(key.name, ()) if family_of(e.ip) is key.family)
 
 
 def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: Sequence[str]) -> dict[str, object]:
@@ -310,6 +366,10 @@ def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: 
         "state": ("serving" if endpoints else "refusing") if served else "down",
         "problems": list(problems),
     }
+
+
+def _proxy_place(key: SocketKey, served: Served) -> Place:
+    return key.family, served.service.protocol, "", served.socket.port
 
 
 def _portals(service: ServicePort, family: IPFamily) -> str:

@@ -17,7 +17,7 @@ from tests.capture.conversation import CLUSTER_IP, many, node_port, program, red
 from tests.conftest import LOOPS
 from tests.netns import eventually
 from userspace_proxy.capture import iptables
-from userspace_proxy.capture.base import Changes
+from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.capture.iptables import IPTables, cleanup
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
 from userspace_proxy.model import IPFamily, PortalKind, Protocol
@@ -45,6 +45,9 @@ class Captured:
 
     def replace(self, *redirects):
         return self.run(self.capture.replace(redirects))
+
+    def change(self, redirects, gone=(), new=()):
+        return self.run(self.capture.replace(redirects, Difference(tuple(gone), tuple(new))))
 
     def withdraw(self):
         self.run(self.capture.withdraw())
@@ -365,6 +368,49 @@ def test_a_worker_that_died_is_replaced_and_nothing_is_lost(captured, node, capl
 
 
 @on_each_loop
+def test_a_difference_is_told_to_the_family_it_concerns(captured, node):
+    """And what others have done is seen with an empty one, in both."""
+    one, two, six = redirect(), redirect("10.96.0.11", name="b"), redirect("fd00:96::10", name="c")
+    captured.start()
+    assert captured.change([one, six], new=[one, six]).added == 4
+    assert captured.change([two, six], gone=[one], new=[two]) == Changes(added=2, removed=2)
+    assert "10.96.0.11/32" in saved(node)
+    assert "10.96.0.10/32" not in saved(node)
+    node.run("iptables-legacy -t nat -F KUBE-PORTALS-HOST")
+    node.run("ip6tables-legacy -t nat -F KUBE-PORTALS-HOST")
+    assert captured.change([two, six]).repaired == 2
+    assert saved(node).count("10.96.0.11/32") == 2
+    assert saved(node, V6).count("fd00:96::10/128") == 2
+
+
+def test_a_difference_comes_through_what_others_did_meanwhile(captured, node):
+    """Nobody looks before a change; that our chains are gone is put right with the next repair at the latest."""
+    many_of_them = many(100)
+    captured.start()
+    captured.replace(*many_of_them)
+    node.run("iptables-legacy -t nat -F")
+    node.run("iptables-legacy -t nat -X")
+    new = redirect("10.97.0.1", name="new")
+    captured.change([*many_of_them, new], new=[new])
+    captured.change([*many_of_them, new])
+    assert saved(node).count("10.97.0.1/32") == 2
+    assert saved(node).count("10.96.0.7/32") == 2
+    assert saved(node).count("-j KUBE-PORTALS-HOST") == 1
+
+
+def test_a_successor_is_told_everything_and_not_the_difference(captured, node, caplog):
+    one, two = redirect(), redirect("10.96.0.11", name="b")
+    captured.start()
+    captured.replace(one)
+    for pid in captured.workers():
+        os.kill(pid, signal.SIGKILL)
+    captured.change([one, two], new=[two])
+    assert saved(node).count("10.96.0.10/32") == 2
+    assert saved(node).count("10.96.0.11/32") == 2
+    captured.change([two], gone=[one])
+    assert "10.96.0.10/32" not in saved(node)
+
+
 def test_a_worker_that_dies_while_it_is_asked_is_replaced(captured, node, caplog):
     captured.start()
     pids = captured.workers()

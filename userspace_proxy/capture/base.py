@@ -27,6 +27,14 @@ class Changes:
     """Redirects that cannot be had, one line each; all others are in force."""
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What makes some redirects out of others."""
+
+    gone: tuple[Redirect, ...] = ()
+    new: tuple[Redirect, ...] = ()
+
+
 class Capture(typing.Protocol):
     name: str
     """As written in `--capture`, `/metrics` and the log."""
@@ -40,8 +48,11 @@ class Capture(typing.Protocol):
         Raises CaptureUnavailable, having left nothing behind, if it does not.
         """
 
-    async def replace(self, redirects: Collection[Redirect]) -> Changes:
-        """Make the kernel equal to these redirects, and repair what others changed in ours.
+    async def replace(self, redirects: Collection[Redirect], difference: Difference | None = None) -> Changes:
+        """Make the kernel equal to these redirects.
+
+        `difference` is to those of the last call, so that a change costs what changed; after a call that failed, and
+        at first, there is none. With one that is empty, or without, what others changed in ours is repaired.
 
         Connections that are already established go on. Raises CaptureError if what is in force now is not known;
         the next call tries again.

@@ -7,12 +7,12 @@ made by the new rule, and the reply on its way needs it.
 
 One way serves every kernel: dump, let the kernel filter the dump by what all wanted places share (kernels
 before 5.8 ignore the filter), compare here, and delete each match by its whole tuple. Deleting by filter
-is newer, and scans the whole table once for every place. The messages are put together by hand, because
-decoding whole entries costs 0.5 ms each with pyroute2, and only the tuple is of interest.
+is newer, and scans the whole table once for every place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,11 +20,10 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+from userspace_proxy.capture.netlink import ACK, NESTED, Netlink, attribute, attributes, message
 from userspace_proxy.model import IPFamily, Protocol
 
 _NETLINK_NETFILTER = 12
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x01, 0x04, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _CT_NEW, _CT_GET, _CT_DELETE = 1 << 8, 1 << 8 | 1, 1 << 8 | 2
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_ZONE, _CTA_FILTER = 1, 2, 18, 25
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
@@ -32,17 +31,9 @@ _CTA_IP_DST = {IPFamily.IPV4: 2, IPFamily.IPV6: 4}
 _CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
 _CTA_FILTER_ORIG_FLAGS = 1
 _FILTER_PROTO_NUM, _FILTER_DST_PORT = 1 << 3, 1 << 5
-_NESTED = 0x8000
-_TYPE_MASK = 0x3FFF
 
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
 _ADDRESS_FAMILY = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
 _PROTOCOL_NUMBER = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.SCTP: 132}
-
-_RECEIVE_SIZE = 1 << 17
-_DELETIONS_AT_ONCE = 64
-"""Their acknowledgements must fit into the socket's receive buffer."""
 
 
 class Place(NamedTuple):
@@ -78,9 +69,7 @@ def flush(family: IPFamily, places: Mapping[Place, int]) -> int:
     }
     local: dict[bytes, bool] = {}
     doomed = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as netlink:
-        netlink.bind((0, 0))
-        netlink.settimeout(10)
+    with contextlib.closing(Netlink("conntrack", _NETLINK_NETFILTER)) as netlink:
         for entry in _dump(netlink, family, wanted):
             right = wanted.get((entry.protocol, entry.destination, entry.port))
             if right is None:
@@ -95,8 +84,9 @@ def flush(family: IPFamily, places: Mapping[Place, int]) -> int:
             # Where portal and proxy port have the same number, a translated entry looks like any other.
             if entry.leads_to != right or right == entry.port:
                 doomed.append(entry.selector)
-        for start in range(0, len(doomed), _DELETIONS_AT_ONCE):
-            _delete(netlink, family, doomed[start : start + _DELETIONS_AT_ONCE])
+        for code in netlink.change([message(_CT_DELETE, ACK, _body(family, selector)) for selector in doomed]):
+            if code not in (0, errno.ENOENT):
+                raise OSError(code, f"conntrack over netlink: {os.strerror(code)}")
     return len(doomed)
 
 
@@ -116,14 +106,8 @@ def _is_local(family: IPFamily, packed: bytes) -> bool:
 # Requests
 
 
-def _attribute(kind: int, content: bytes) -> bytes:
-    padding = b"\0" * (-len(content) % 4)
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(content), kind) + content + padding
-
-
-def _message(kind: int, flags: int, family: IPFamily, attributes: bytes) -> bytes:
-    body = struct.pack("=BBH", _ADDRESS_FAMILY[family], 0, 0) + attributes
-    return _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, 0, 0) + body
+def _body(family: IPFamily, more: bytes) -> bytes:
+    return struct.pack("=BBH", _ADDRESS_FAMILY[family], 0, 0) + more
 
 
 def _filter(wanted: Collection[tuple[int, bytes, int]]) -> bytes:
@@ -136,79 +120,41 @@ def _filter(wanted: Collection[tuple[int, bytes, int]]) -> bytes:
     if len(protocols) > 1:
         return b""
     flags = _FILTER_PROTO_NUM
-    proto = _attribute(_CTA_PROTO_NUM, bytes(protocols))
+    proto = attribute(_CTA_PROTO_NUM, bytes(protocols))
     if len(ports) == 1:
         flags |= _FILTER_DST_PORT
-        proto += _attribute(_CTA_PROTO_DST_PORT, ports.pop().to_bytes(2, "big"))
-    original = _attribute(_NESTED | _CTA_TUPLE_PROTO, proto)
-    marks = _attribute(_CTA_FILTER_ORIG_FLAGS, struct.pack("=I", flags))
-    return _attribute(_NESTED | _CTA_TUPLE_ORIG, original) + _attribute(_NESTED | _CTA_FILTER, marks)
-
-
-def _delete(netlink: socket.socket, family: IPFamily, selectors: list[bytes]) -> None:
-    netlink.send(b"".join(_message(_CT_DELETE, _NLM_F_ACK, family, selector) for selector in selectors))
-    unanswered = len(selectors)
-    while unanswered:
-        for kind, body in _messages(netlink.recv(_RECEIVE_SIZE)):
-            if kind == _NLMSG_ERROR:
-                unanswered -= 1
-                _raise_unless(body, ignored=errno.ENOENT)
+        proto += attribute(_CTA_PROTO_DST_PORT, ports.pop().to_bytes(2, "big"))
+    original = attribute(NESTED | _CTA_TUPLE_PROTO, proto)
+    marks = attribute(_CTA_FILTER_ORIG_FLAGS, struct.pack("=I", flags))
+    return attribute(NESTED | _CTA_TUPLE_ORIG, original) + attribute(NESTED | _CTA_FILTER, marks)
 
 
 # Answers
 
 
-def _dump(netlink: socket.socket, family: IPFamily, wanted: Collection[tuple[int, bytes, int]]) -> Iterator[_Entry]:
-    netlink.send(_message(_CT_GET, _NLM_F_DUMP, family, _filter(wanted)))
-    while True:
-        for kind, body in _messages(netlink.recv(_RECEIVE_SIZE)):
-            if kind == _NLMSG_DONE:
-                return
-            if kind == _NLMSG_ERROR:
-                _raise_unless(body)
-            elif kind == _CT_NEW and (entry := _entry(family, body)):
-                yield entry
-
-
-def _raise_unless(body: bytes, ignored: int = 0) -> None:
-    (code,) = struct.unpack_from("=i", body)
-    if code and -code != ignored:
-        raise OSError(-code, f"conntrack over netlink: {os.strerror(-code)}")
-
-
-def _messages(received: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + _HEADER.size <= len(received):
-        length, kind, *_ = _HEADER.unpack_from(received, offset)
-        yield kind, received[offset + _HEADER.size : offset + length]
-        offset += (length + 3) & ~3
-
-
-def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + _ATTRIBUTE.size <= len(content):
-        length, kind = _ATTRIBUTE.unpack_from(content, offset)
-        yield kind & _TYPE_MASK, content[offset + _ATTRIBUTE.size : offset + length]
-        offset += (length + 3) & ~3
+def _dump(netlink: Netlink, family: IPFamily, wanted: Collection[tuple[int, bytes, int]]) -> Iterator[_Entry]:
+    for kind, body in netlink.dump(_CT_GET, _body(family, _filter(wanted))):
+        if kind == _CT_NEW and (entry := _entry(family, body)):
+            yield entry
 
 
 def _entry(family: IPFamily, body: bytes) -> _Entry | None:
     """The original tuple of an entry; None for one without ports, such as ICMP."""
     selector = original = reply = b""
-    for kind, content in _attributes(body[4:]):
+    for kind, content in attributes(body[4:]):
         if kind == _CTA_TUPLE_ORIG:
             original = content
-            selector += _attribute(_NESTED | _CTA_TUPLE_ORIG, content)
+            selector += attribute(NESTED | _CTA_TUPLE_ORIG, content)
         elif kind == _CTA_TUPLE_REPLY:
             reply = content
         elif kind == _CTA_ZONE:
-            selector += _attribute(_CTA_ZONE, content)
-    parts = dict(_attributes(original))
-    proto = dict(_attributes(parts.get(_CTA_TUPLE_PROTO, b"")))
-    destination = dict(_attributes(parts.get(_CTA_TUPLE_IP, b""))).get(_CTA_IP_DST[family])
+            selector += attribute(_CTA_ZONE, content)
+    parts = dict(attributes(original))
+    proto = dict(attributes(parts.get(_CTA_TUPLE_PROTO, b"")))
+    destination = dict(attributes(parts.get(_CTA_TUPLE_IP, b""))).get(_CTA_IP_DST[family])
     if destination is None or _CTA_PROTO_DST_PORT not in proto:
         return None
-    answering = dict(_attributes(dict(_attributes(reply)).get(_CTA_TUPLE_PROTO, b"")))
+    answering = dict(attributes(dict(attributes(reply)).get(_CTA_TUPLE_PROTO, b"")))
     port = int.from_bytes(proto[_CTA_PROTO_DST_PORT], "big")
     leads_to = int.from_bytes(answering.get(_CTA_PROTO_SRC_PORT, b""), "big")
     return _Entry(proto[_CTA_PROTO_NUM][0], destination, port, leads_to, selector)

@@ -17,13 +17,14 @@ import os
 import pathlib
 import sys
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 import msgspec
 
 import userspace_proxy
-from userspace_proxy.capture.base import Changes
-from userspace_proxy.capture.messages import Ask, Cleanup, Close, Open, Replace, Reply, Withdraw
+from userspace_proxy.capture.base import Changes, Difference
+from userspace_proxy.capture.messages import Ask, Change, Cleanup, Close, Open, Replace, Reply, Request, Withdraw
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
 from userspace_proxy.model import IPFamily, Redirect, family_of
 
@@ -106,33 +107,34 @@ class Worker:
         self._numbers = itertools.count(1)
         self._turn = asyncio.Lock()
 
-    async def ask(self, request: Open | Replace | Withdraw | Close | Cleanup) -> Reply:
+    async def ask(self, request: Request, *, afresh: Callable[[], Request] | None = None) -> Reply:
         """Raises CaptureError with the worker's words if the request was not met, or for a worker that fails.
 
-        Every request can be repeated, so one that died, perhaps long ago, is replaced at once.
+        Every request can be repeated, so one that died, perhaps long ago, is replaced at once. Where a request
+        builds on earlier ones, `afresh` makes the one for a successor, who knows nothing of them.
         """
         async with self._turn:
             try:
-                return await self._ask_once(request)
+                return await self._ask_once(request, afresh)
             except WorkerDied:
                 if self._opening is None or isinstance(request, Open):
                     raise
                 logger.warning("%s died, starting another", self.name)
                 if self._conversation:
                     await self._conversation.kill()
-                return await self._ask_once(request)
+                return await self._ask_once(request, afresh)
 
-    async def _ask_once(self, request: Open | Replace | Withdraw | Close | Cleanup) -> Reply:
+    async def _ask_once(self, request: Request, afresh: Callable[[], Request] | None) -> Reply:
         conversation = self._conversation
         if conversation is None or conversation.gone.is_set():
             conversation = self._conversation = await self._start()
             if self._opening and not isinstance(request, Open):
                 await self._await_reply(conversation, msgspec.structs.replace(self._opening, take_over=False))
+            if afresh:
+                request = afresh()
         return await self._await_reply(conversation, request)
 
-    async def _await_reply(
-        self, conversation: _Conversation, request: Open | Replace | Withdraw | Close | Cleanup
-    ) -> Reply:
+    async def _await_reply(self, conversation: _Conversation, request: Request) -> Reply:
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 reply = await conversation.ask(Ask(next(self._numbers), request))
@@ -237,16 +239,18 @@ class IPTables:
                 return ""
         return f"{family.value} is not available: {'; '.join(problems)}"
 
-    async def replace(self, redirects: Collection[Redirect]) -> Changes:
-        by_family: dict[IPFamily, list[Redirect]] = {family: [] for family in IPFamily}
-        for redirect in redirects:
-            by_family[redirect.portal.family].append(redirect)
-        for family in IPFamily:
-            if by_family[family] and family not in self._workers:
+    async def replace(self, redirects: Collection[Redirect], difference: Difference | None = None) -> Changes:
+        for family in {r.portal.family for r in (redirects if difference is None else difference.new)}:
+            if family not in self._workers:
                 self._say_once(None, (f"{family.value} portals exist, but are not captured",))
-        families = list(self._workers)
+        requests = {family: self._request(family, redirects, difference) for family in self._workers}
+        families = [family for family, request in requests.items() if request is not None]
         answers = await asyncio.gather(
-            *(self._workers[family].ask(Replace(tuple(by_family[family]))) for family in families),
+            *(
+                self._workers[family].ask(request, afresh=partial(_whole, family, redirects))
+                for family, request in requests.items()
+                if request is not None
+            ),
             return_exceptions=True,
         )
         replies: list[Reply] = []
@@ -268,6 +272,17 @@ class IPTables:
             repaired=sum(reply.repaired for reply in replies),
             refused=tuple(line for reply in replies for line in reply.refused),
         )
+
+    def _request(
+        self, family: IPFamily, redirects: Collection[Redirect], difference: Difference | None
+    ) -> Request | None:
+        """What is asked of the worker of a family; None where the difference is the other family's alone."""
+        if difference is None:
+            return _whole(family, redirects)
+        change = Change(_of(family, difference.gone), _of(family, difference.new))
+        if (change.gone or change.new) or not (difference.gone or difference.new):
+            return change
+        return None
 
     async def withdraw(self) -> None:
         await self._ask_all(Withdraw())
@@ -314,6 +329,14 @@ async def cleanup() -> None:
             await worker.end()
     if problems:
         raise CaptureError("; ".join(problems))
+
+
+def _of(family: IPFamily, redirects: Iterable[Redirect]) -> tuple[Redirect, ...]:
+    return tuple(redirect for redirect in redirects if redirect.portal.family is family)
+
+
+def _whole(family: IPFamily, redirects: Iterable[Redirect]) -> Replace:
+    return Replace(_of(family, redirects))
 
 
 def _names(families: Collection[IPFamily]) -> str:

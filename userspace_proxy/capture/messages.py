@@ -1,7 +1,7 @@
 """What the iptables capture and its workers say to each other: one JSON object a line.
 
 A worker is asked one thing at a time and answers each `Ask` with one `Reply` of the same number. It
-keeps no secrets: everything it must know to go on after a restart is in `Open` and `Replace`.
+keeps no secrets: everything that its successor must know to go on is in `Open` and `Replace`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ class Replace(msgspec.Struct, tag=True, frozen=True):
     redirects: tuple[Redirect, ...]
 
 
+class Change(msgspec.Struct, tag=True, frozen=True):
+    """The difference to the redirects asked for before. With none, repair what others have changed."""
+
+    gone: tuple[Redirect, ...] = ()
+    new: tuple[Redirect, ...] = ()
+
+
 class Withdraw(msgspec.Struct, tag=True, frozen=True):
     pass
 
@@ -41,9 +48,12 @@ class Cleanup(msgspec.Struct, tag=True, frozen=True):
     family: IPFamily
 
 
+Request = Open | Replace | Change | Withdraw | Close | Cleanup
+
+
 class Ask(msgspec.Struct, frozen=True):
     number: int
-    request: Open | Replace | Withdraw | Close | Cleanup
+    request: Request
 
 
 class Reply(msgspec.Struct, frozen=True):

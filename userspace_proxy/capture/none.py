@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from userspace_proxy.capture.base import Changes
+from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.model import Redirect
 
 
@@ -21,7 +21,7 @@ class NoCapture:
     async def start(self) -> None:
         """Works everywhere."""
 
-    async def replace(self, redirects: Collection[Redirect]) -> Changes:
+    async def replace(self, redirects: Collection[Redirect], difference: Difference | None = None) -> Changes:
         return Changes()
 
     async def withdraw(self) -> None:

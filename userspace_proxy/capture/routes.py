@@ -10,17 +10,27 @@ Clients elsewhere need none of this: PREROUTING comes before routing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
-from collections.abc import Collection
+import struct
+from collections.abc import Collection, Sequence
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
+from userspace_proxy.capture.netlink import ACK, CREATE, EXCLUSIVE, Netlink, attribute, attributes, message
 from userspace_proxy.model import IPFamily
 
 ROUTE_PROTOCOL = 117
 """Unassigned in rtnetlink.h and in iproute2's rt_protos."""
+
+_NETLINK_ROUTE = 0
+_NEW_ROUTE, _DELETE_ROUTE, _GET_ROUTE = 24, 25, 26
+_TABLE_MAIN, _TYPE_UNICAST = 254, 1
+_SCOPE = {IPFamily.IPV4: 253, IPFamily.IPV6: 0}
+"""Link, as a route without a gateway has; IPv6 knows no scopes."""
+_DESTINATION, _OUTPUT_INTERFACE, _PREFERRED_SOURCE = 1, 4, 7
+_ROUTE = struct.Struct("=BBBBBBBBI")
+"""Family, destination's and source's lengths, TOS, table, protocol, scope, type, flags."""
 
 _UNROUTED = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH})
 
@@ -29,10 +39,12 @@ class Routes:
     """The routes of one family; holds a netlink socket until closed."""
 
     def __init__(self, family: IPFamily) -> None:
+        self._family = family
         self._address_family = socket.AF_INET if family is IPFamily.IPV4 else socket.AF_INET6
         self._mask = 32 if family is IPFamily.IPV4 else 128
-        self._loopback = family.loopback
-        self._netlink = IPRoute()
+        self._netlink = Netlink("routes", _NETLINK_ROUTE)
+        with contextlib.suppress(OSError):  # older kernels tell of all routes
+            self._netlink.filter_strictly()
         self._seen: set[str] = set()
         """Addresses that have a route of ours, or another way, since they were last looked at."""
         self._ours: set[str] = set()
@@ -43,10 +55,13 @@ class Routes:
 
     def reread(self) -> None:
         """Trust nothing that was found before: others may have changed routes since."""
-        routes = self._netlink.get_routes(family=self._address_family, proto=ROUTE_PROTOCOL)
-        # Older kernels ignore the filter, so it is applied here once more.
-        found = (route for route in routes if route["proto"] == ROUTE_PROTOCOL and route["dst_len"] == self._mask)
-        self._ours = {str(route.get("dst")) for route in found}
+        wanted = _ROUTE.pack(self._address_family, 0, 0, 0, _TABLE_MAIN, ROUTE_PROTOCOL, 0, 0, 0)
+        self._ours = set()
+        for _, body in self._netlink.dump(_GET_ROUTE, wanted):
+            _, length, _, _, _, protocol, *_ = _ROUTE.unpack_from(body)
+            if protocol == ROUTE_PROTOCOL and length == self._mask:
+                destination = dict(attributes(body[_ROUTE.size :]))[_DESTINATION]
+                self._ours.add(socket.inet_ntop(self._address_family, destination))
         self._seen = set(self._ours)
 
     def serve(self, ips: Collection[str]) -> list[str]:
@@ -55,14 +70,10 @@ class Routes:
         Says what went wrong, one line an address. Without `reread`, only new addresses are looked at.
         """
         wanted = set(ips)
-        problems = []
-        for ip in self._ours - wanted:
-            problems += self._change("del", ip)
-        self._ours &= wanted
-        for ip in wanted - self._seen:
-            if not self._is_routed(ip):
-                problems += self._change("add", ip)
-                self._ours.add(ip)
+        problems = self._change(_DELETE_ROUTE, sorted(self._ours - wanted))
+        unrouted = [ip for ip in sorted(wanted - self._seen) if not self._is_routed(ip)]
+        problems += self._change(_NEW_ROUTE, unrouted)
+        self._ours = (self._ours & wanted) | set(unrouted)
         self._seen = wanted
         return problems
 
@@ -75,19 +86,24 @@ class Routes:
                 return error.errno not in _UNROUTED
         return True
 
-    def _change(self, verb: str, ip: str) -> list[str]:
-        try:
-            self._netlink.route(
-                verb,
-                family=self._address_family,
-                dst=f"{ip}/{self._mask}",
-                oif=socket.if_nametoindex("lo"),
-                prefsrc=self._loopback,
-                proto=ROUTE_PROTOCOL,
-            )
-        except NetlinkError as error:
-            done_already = {"add": errno.EEXIST, "del": errno.ESRCH}[verb]
-            return [] if error.code == done_already else [f"route to {ip}: cannot {verb} it: {error}"]
-        except OSError as error:
-            return [f"route to {ip}: cannot {verb} it: {error}"]
-        return []
+    def _change(self, kind: int, ips: Sequence[str]) -> list[str]:
+        verb, flags, done_already = (
+            ("add", ACK | CREATE | EXCLUSIVE, errno.EEXIST) if kind == _NEW_ROUTE else ("del", ACK, errno.ESRCH)
+        )
+        loopback = attribute(_OUTPUT_INTERFACE, struct.pack("=I", socket.if_nametoindex("lo"))) if ips else b""
+        loopback += attribute(_PREFERRED_SOURCE, self._packed(self._family.loopback))
+        start = _ROUTE.pack(
+            *(self._address_family, self._mask, 0, 0, _TABLE_MAIN),
+            *(ROUTE_PROTOCOL, _SCOPE[self._family], _TYPE_UNICAST, 0),
+        )
+        codes = self._netlink.change(
+            [message(kind, flags, start + attribute(_DESTINATION, self._packed(ip)) + loopback) for ip in ips]
+        )
+        return [
+            f"route to {ip}: cannot {verb} it: {os.strerror(code)}"
+            for ip, code in zip(ips, codes, strict=True)
+            if code not in (0, done_already)
+        ]
+
+    def _packed(self, ip: str) -> bytes:
+        return socket.inet_pton(self._address_family, ip)

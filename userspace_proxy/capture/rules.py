@@ -223,6 +223,14 @@ def parse(saved: str) -> dict[str, list[str]]:
     return chains
 
 
+def as_read(left: TableRules) -> Chains:
+    """What reading a table would find, as far as it concerns us, had nobody touched what was `left` there."""
+    chains: dict[str, Sequence[str]] = dict(left.chains)
+    for jump in left.jumps:
+        chains[jump.hook] = (*chains.get(jump.hook, ()), jump.text)
+    return chains
+
+
 def places(chains: Chains) -> set[tuple[Protocol, str, int]]:
     """Protocol, address (empty: node port) and port of the portals that an earlier run left rules for."""
     found = (

@@ -17,11 +17,10 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
-from pyroute2.netlink.exceptions import NetlinkError
 
 from userspace_proxy.capture import conntrack, rules
 from userspace_proxy.capture.conntrack import Place
-from userspace_proxy.capture.messages import Ask, Cleanup, Close, Open, Replace, Reply, Withdraw
+from userspace_proxy.capture.messages import Ask, Change, Cleanup, Close, Open, Replace, Reply, Request, Withdraw
 from userspace_proxy.capture.routes import Routes
 from userspace_proxy.capture.rules import Ruleset, Scope, TableRules
 from userspace_proxy.capture.xtables import Refused, Tables, XtablesError
@@ -40,7 +39,10 @@ class FamilyCapture:
         self._tables = Tables(request.family, use_library=request.use_library)
         self._routes = Routes(request.family)
         self._left: dict[str, TableRules] = dict(rules.NOTHING)
+        self._asked: dict[Redirect, None] = {}
+        """What the proxy wants, in its order."""
         self._captured: frozenset[Redirect] = frozenset()
+        """What it has got of that."""
         self._stale: set[Place] = set()
         """Where conntrack may still send UDP flows to a wrong place."""
 
@@ -62,15 +64,26 @@ class FamilyCapture:
         return Reply(notes=tuple(notes))
 
     def replace(self, redirects: Sequence[Redirect]) -> Reply:
+        self._asked = dict.fromkeys(redirects)
+        return self._meet(thoroughly=True)
+
+    def change(self, gone: Sequence[Redirect], new: Sequence[Redirect]) -> Reply:
+        for redirect in gone:
+            self._asked.pop(redirect, None)
+        self._asked.update(dict.fromkeys(new))
+        return self._meet(thoroughly=not (gone or new))
+
+    def _meet(self, *, thoroughly: bool) -> Reply:
+        """Make the kernel hold what is asked for. `thoroughly`: and see what others have done to it."""
         refused = {
             redirect: why
-            for redirect in redirects
+            for redirect in self._asked
             if redirect not in self._captured and (why := rules.objection(redirect, self._scope.family))
         }
-        wanted = frozenset(redirects) - refused.keys()
+        wanted = frozenset(self._asked) - refused.keys()
         before = dict(self._left)
         try:
-            repaired = self._make(rules.render(wanted, self._scope))
+            repaired = self._make(rules.render(wanted, self._scope), trusting=not thoroughly)
         except Refused as error:
             wanted, left_out = self._sift(wanted, error)
             refused |= dict.fromkeys(left_out, str(error))
@@ -108,10 +121,10 @@ class FamilyCapture:
         notes = _flush(self._scope.family, dict.fromkeys(self._stale | _places(self._captured).keys(), 0))
         return Reply(notes=tuple(notes), error="; ".join(problems))
 
-    def _make(self, wanted: Ruleset, only: str = "") -> int:
+    def _make(self, wanted: Ruleset, only: str = "", *, trusting: bool = False) -> int:
         damage = 0
         for table in (only,) if only else _TABLES:
-            damage += self._tables.make(table, wanted, self._left[table])
+            damage += self._tables.make(table, wanted, self._left[table], trusting=trusting)
             self._left[table] = wanted[table]
         return damage
 
@@ -191,7 +204,7 @@ class Worker:
     def __init__(self) -> None:
         self._capture: FamilyCapture | None = None
 
-    def answer(self, request: Open | Replace | Withdraw | Close | Cleanup) -> Reply:
+    def answer(self, request: Request) -> Reply:
         try:
             match request:
                 case Open():
@@ -203,12 +216,14 @@ class Worker:
             match request:
                 case Replace():
                     return self._capture.replace(request.redirects)
+                case Change():
+                    return self._capture.change(request.gone, request.new)
                 case Withdraw():
                     return self._capture.withdraw()
                 case Close():
                     return self._capture.close()
             typing.assert_never(request)
-        except (XtablesError, OSError, NetlinkError) as error:
+        except (XtablesError, OSError) as error:
             return Reply(error=str(error))
 
 
