@@ -107,6 +107,14 @@ def test_two_claims_exclude_each_other(kind: int) -> None:
     claim(IPFamily.IPV4, kind, *where).close()
 
 
+@pytest.mark.parametrize("family", IPFamily)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_claim_on_all_addresses_holds_each(family: IPFamily, kind: int) -> None:
+    ip, port = closed_port(family)
+    with claim(family, kind, family.wildcard, port), pytest.raises(PortError):
+        claim(family, kind, ip, port)
+
+
 def test_ipv6_leaves_ipv4_alone() -> None:
     _, port = closed_port()
     with bind(IPFamily.IPV6, socket.SOCK_STREAM, "::", port), bind(IPFamily.IPV4, socket.SOCK_STREAM, "0.0.0.0", port):

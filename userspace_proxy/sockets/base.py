@@ -23,6 +23,9 @@ from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_ho
 RESERVE = 128
 """Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
 
+_SO_BINDTOIFINDEX = 62
+_NO_INTERFACE = 0x7FFFFFFF
+
 AF = {IPFamily.IPV4: int(socket.AF_INET), IPFamily.IPV6: int(socket.AF_INET6)}
 
 
@@ -160,14 +163,18 @@ def bind(
 def claim(family: IPFamily, kind: int, ip: str, port: int, *, beside_ours: bool = False) -> socket.socket:
     """Hold a port without serving on it: whoever comes is refused by the kernel. Raises PortError.
 
-    A TCP socket that is bound and does not listen is answered for by a reset. A UDP socket would swallow
-    datagrams; connected to itself, it hears nobody, and the others get ICMP.
+    A TCP socket that is bound and does not listen is answered for by a reset.
     """
     sock = bind(family, kind, ip, port, beside_ours=beside_ours)
     if kind == socket.SOCK_DGRAM:
-        try:
-            sock.connect((family.loopback if ip == family.wildcard else ip, port))
-        except OSError as error:
-            sock.close()
-            raise PortError(f"{join_host_port(ip, port)} cannot be held: {error.strerror}") from error
+        hear_nobody(sock)
     return sock
+
+
+def hear_nobody(sock: socket.socket) -> None:
+    """Let a UDP socket have its port and no datagrams: their senders get ICMP.
+
+    Bound to an interface that cannot exist it still keeps others from the port, on every address, and the kernel finds
+    nobody who would take what is sent there. (Connected to itself, it would hold one address alone.)
+    """
+    sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_INTERFACE)

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import typing
 from collections.abc import Iterator, Sequence
 
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.model import IPFamily, Protocol
 from userspace_proxy.sockets import tcp, udp
-from userspace_proxy.sockets.base import bind, claim
+from userspace_proxy.sockets.base import bind, claim, hear_nobody
 from userspace_proxy.workers.steering import deafen, steer, undeafen, unsteer
-
-_SO_BINDTOIFINDEX = 62
-_LOOPBACK_INTERFACE = struct.pack("=i", 1)
 
 
 class Group(typing.Protocol):
@@ -160,14 +156,11 @@ class UDPGroup:
     def _retire(self) -> None:
         """Take our sockets out of use though workers hold them still, for as long as they please.
 
-        Connected to itself, a socket hears nobody else. Bound to an interface as well, it is hashed anew and loses its
-        place in the group, which it would else keep, and leave at a time when its successors are counted.
+        With another interface each is hashed anew and loses its place in the group, which it would else keep, and leave
+        at a time when its successors are counted.
         """
-        itself = self._family.loopback if self._ip == self._family.wildcard else self._ip
         for sock in self.sockets:
-            with contextlib.suppress(OSError):
-                sock.connect((itself, self._port))
-                sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _LOOPBACK_INTERFACE)
+            hear_nobody(sock)
             sock.close()
         self.sockets = []
 
