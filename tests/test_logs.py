@@ -52,3 +52,14 @@ def test_other_processes_say_who_they_are(capsys: pytest.CaptureFixture[str]) ->
     text, line = capsys.readouterr().err.splitlines()
     assert text.endswith("WARNING worker 1: it broke")
     assert json.loads(line)["process"] == "worker 1"
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_a_message_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for logging_format in LoggingFormat:
+        logs.set_up(0, logging_format)
+        logging.getLogger("userspace_proxy").warning("Service %s is refused", "a\nERROR all is lost\x1b[2J\udcff é")
+    text, line = capsys.readouterr().err.splitlines()
+    shown = r"Service a\nERROR all is lost\x1b[2J\udcff é is refused"
+    assert text.endswith(f"WARNING {shown}")
+    assert json.loads(line)["message"] == shown

@@ -17,15 +17,24 @@ _CONNECTIONS_AT = 4
 def set_up(verbosity: int, logging_format: LoggingFormat, name: str = "") -> None:
     """Connections are told of from -v=4 on, one line each."""
     stream = logging.StreamHandler()
-    stream.setFormatter(_JSONLines(name) if logging_format is LoggingFormat.JSON else _lines(name))
+    stream.setFormatter(_JSONLines(name) if logging_format is LoggingFormat.JSON else _Lines(name))
     logging.basicConfig(handlers=[stream], level=logging.WARNING, force=True)
     logging.getLogger("userspace_proxy").setLevel(logging.DEBUG if verbosity >= _DEBUG_AT else logging.INFO)
     sessions = logging.getLogger("userspace_proxy.sockets")
     sessions.setLevel(logging.DEBUG if verbosity >= _CONNECTIONS_AT else logging.INFO)
 
 
-def _lines(name: str) -> logging.Formatter:
-    return logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname)-7s {name and f'{name}: '}%(message)s", "%H:%M:%S")
+def printable(text: str) -> str:
+    """On one line, and nothing in it that a terminal would obey: names come from files and from the network."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class _Lines(logging.Formatter):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"%(asctime)s.%(msecs)03d %(levelname)-7s {name and f'{name}: '}%(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        return printable(super().formatMessage(record))
 
 
 class _JSONLines(logging.Formatter):
@@ -39,7 +48,7 @@ class _JSONLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             **self._origin,
-            "message": record.getMessage(),
+            "message": printable(record.getMessage()),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

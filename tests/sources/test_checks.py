@@ -52,8 +52,10 @@ def test_endpoint_addresses_that_are_refused(ip, problem):
 def test_loopback_where_it_is_allowed():
     check = Check(allow_loopback=True)
     assert [check.endpoint_ip("f", ip) for ip in ("127.0.0.1", "::1")] == ["127.0.0.1", "::1"]
-    assert check.service_ip("f", "127.0.0.1") == "127.0.0.1"
+    assert check.service_ip("f", "127.0.0.1", cluster=True) == "127.0.0.1"
     assert check.problems == []
+    check.service_ip("f", "127.0.0.1")
+    assert "(loopback)" in check.problems[0]
 
 
 def test_only_a_cluster_ip_may_be_loopback_anyway():

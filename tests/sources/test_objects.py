@@ -236,6 +236,12 @@ def test_loopback_endpoints_where_they_are_allowed():
     assert only(value, allow_loopback=True) == (Endpoint("127.0.0.1", 8080),)
 
 
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_loopback_addresses_are_never_captured_from_outside(ip):
+    found = problems(service(externalIPs=[ip]), allow_loopback=True)
+    assert f"spec.externalIPs[0]: found '{ip} (loopback)'" in found[0]
+
+
 def test_an_endpoints_object():
     value = endpoints(
         {"addresses": [{"ip": "10.1.0.1"}], "notReadyAddresses": [{"ip": "10.1.0.2"}], "ports": [{"port": 80}]},

@@ -107,19 +107,21 @@ class Check:
         """An address to be captured. A cluster IP may be a loopback address, as those of a single machine often are."""
         ip = self._address(field, value)
         if ip is not None and not cluster:
-            self._refuse_local(field, value, ip)
+            self._refuse_local(field, value, ip, loopback=True)
         return str(ip or "")
 
     def endpoint_ip(self, field: str, value: object) -> str:
         ip = self._address(field, value)
         if ip is not None:
-            self._refuse_local(field, value, ip)
+            self._refuse_local(field, value, ip, loopback=not self._allow_loopback)
         return str(ip or "")
 
-    def _refuse_local(self, field: str, value: object, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+    def _refuse_local(
+        self, field: str, value: object, ip: ipaddress.IPv4Address | ipaddress.IPv6Address, *, loopback: bool
+    ) -> None:
         if ip.is_link_local:
             self.refuse(field, f"{value} (link-local)", "an address that means the same on every network")
-        elif ip.is_loopback and not self._allow_loopback:
+        elif ip.is_loopback and loopback:
             self.refuse(field, f"{value} (loopback)", "an address outside 127.0.0.0/8 and ::1")
 
     def _address(self, field: str, value: object) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

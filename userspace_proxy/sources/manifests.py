@@ -24,7 +24,7 @@ from userspace_proxy.model import Snapshot
 from userspace_proxy.sources.base import Publish
 from userspace_proxy.sources.documents import SyntaxProblem
 from userspace_proxy.sources.inotify import Changes
-from userspace_proxy.sources.reading import Known, printable, read
+from userspace_proxy.sources.reading import Known, read
 from userspace_proxy.sources.store import Store
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class ManifestSource:
                 names = [path / name for name in _listing(path)] if os.path.isdir(path) else [path]
                 path.stat()
             except OSError as error:
-                missing.append(f"{printable(path)}: {error.strerror}; what was read from it is served until it is back")
+                missing.append(f"{path}: {error.strerror}; what was read from it is served until it is back")
                 present.update(file for file in self._store.files if _is_of(file, path))
                 continue
             for name in names:
@@ -222,7 +222,7 @@ class ManifestSource:
             if isinstance(error, OSError):
                 self._stamps.pop(file, None)
             reason = error.strerror if isinstance(error, OSError) else error
-            self._store.refuse(file, f"{printable(file)}: {reason}; what was read from it before is served")
+            self._store.refuse(file, f"{file}: {reason}; what was read from it before is served")
 
 
 def _listing(directory: Path) -> list[str]:

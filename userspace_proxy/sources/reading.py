@@ -94,7 +94,7 @@ def _objects(file: str, documents: list[Document]) -> Iterator[Object | Refused]
     for number, document in enumerate(documents, 1):
         if document.value is None and not document.problems:
             continue  # nothing but comments between two `---`
-        where = printable(file)
+        where = file
         if len(documents) > 1:
             where += f" (document {number}, line {document.line})"
         for item in unpack(document.value):
@@ -109,8 +109,3 @@ def _objects(file: str, documents: list[Document]) -> Iterator[Object | Refused]
             else:
                 if found is not None:
                     yield found
-
-
-def printable(path: object) -> str:
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
