@@ -112,6 +112,18 @@ def test_a_claim_that_fails_half_way_holds_nothing(run: Run) -> None:
     run(main())
 
 
+def test_a_node_port_that_we_have_as_proxy_port_is_told_as_ours(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            assert made.open(KEY, TCP, ())
+            port = made.served[KEY].socket.port
+            assert not made.claim(LocalPort(V4, Protocol.TCP, port), (), KEY)
+            [problem] = made.problems.of(KEY)
+            assert f"by this proxy, as the proxy port of {NAME}: keep" in problem
+
+    run(main())
+
+
 def test_an_endpoint_that_is_our_own_proxy_port_is_left_out(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         with serving(strangers=True) as made:

@@ -35,6 +35,13 @@ def test_external_addresses_get_a_column() -> None:
     assert "192.0.2.1:80" in render([row("a", externalIPs=["192.0.2.1:80"])], captured=True)
 
 
+def test_without_capture_nothing_is_told_of_addresses_that_lead_nowhere() -> None:
+    text = render([row("a", externalIPs=["192.0.2.1:80"], nodePort=30080)], captured=False)
+    assert "192.0.2.1" not in text
+    assert "30080" not in text
+    assert "NODE PORT" not in text
+
+
 def test_states_and_troubles_stand_where_endpoints_would() -> None:
     text = render(
         [

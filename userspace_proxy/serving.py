@@ -297,11 +297,20 @@ class Serving:
         except (PortError, OSError) as error:
             for sock in held:
                 sock.close()
-            self.problems.note(owner, f"node port {place} is in use on this host: {error}; end what uses it")
+            self.problems.note(
+                owner, f"node port {place} is in use on this host: {self._ours(place) or error}; end what uses it"
+            )
             return False
         self.claims[place] = held
         self._claim_sockets += len(held)
         return True
+
+    def _ours(self, place: LocalPort) -> str:
+        """What to say where it is this proxy that uses the port."""
+        for key, served in self.served.items():
+            if (key.family, served.service.protocol, served.socket.port) == (place.family, place.protocol, place.port):
+                return f"by this proxy, as the proxy port of {key.name}: keep --proxy-port-range and node ports apart"
+        return ""
 
     def unclaim(self, place: LocalPort) -> None:
         held = self.claims.pop(place)

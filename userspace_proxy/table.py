@@ -16,7 +16,10 @@ _HEADINGS = ("SERVICE PORT", "ADDRESS", "EXTERNAL", "NODE PORT", "PROXY PORT", "
 def render(rows: Sequence[Row], *, captured: bool) -> str:
     """The table, and below it what to paste. `captured`: whether the services' own addresses lead here."""
     lines = [_HEADINGS, *(_cells(row) for row in rows)]
-    keep = [n for n, heading in enumerate(_HEADINGS) if heading != "EXTERNAL" or any(line[n] for line in lines[1:])]
+    left_out = set() if captured else {"EXTERNAL", "NODE PORT"}  # nothing comes from there
+    if not any(row["externalIPs"] for row in rows):
+        left_out.add("EXTERNAL")
+    keep = [n for n, heading in enumerate(_HEADINGS) if heading not in left_out]
     widths = {n: max(len(line[n]) for line in lines) for n in keep}
     text = "\n".join("  ".join(line[n].ljust(widths[n]) for n in keep).rstrip() for line in lines)
     if not rows:

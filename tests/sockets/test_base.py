@@ -58,6 +58,17 @@ def test_one_that_finds_its_clients_gone_does_not_keep_the_next_from_its_turn() 
     assert order == ["no client left", "served"]
 
 
+def test_a_higher_limit_is_room_too() -> None:
+    descriptors = Descriptors(2)
+    descriptors.take(2)
+    calls: list[int] = []
+    descriptors.wait(lambda: calls.append(1))
+    descriptors.allow(3)
+    assert not calls
+    descriptors.allow(4)
+    assert calls == [1]
+
+
 def test_one_that_waits_again_at_once_does_not_spin() -> None:
     descriptors = Descriptors(2)
     descriptors.take(2)

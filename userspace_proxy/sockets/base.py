@@ -103,6 +103,13 @@ class Descriptors:
 
     def give(self, count: int) -> None:
         self.used -= count
+        self._resume()
+
+    def allow(self, limit: int) -> None:
+        self.limit = limit
+        self._resume()
+
+    def _resume(self) -> None:
         if not self._waiting or self._resuming:
             return  # whoever is resumed gives back what it does not need: not one level deeper for each that waits
         self._resuming = True

@@ -52,7 +52,7 @@ class DataPath:
 
     def fit(self, held: int) -> None:
         """Sessions may have what proxy sockets leave."""
-        self.descriptors.limit = max(2, self._budget - held)
+        self.descriptors.allow(max(2, self._budget - held))
 
     async def count(self) -> None:
         """Bring the metrics up to this moment: live sessions are counted as they go, not as they end."""
