@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.admin.client import asking, running
-from userspace_proxy.admin.servers import AdminServer, application
+from tests.admin.client import Client, asking, running
+from userspace_proxy.admin.servers import CONNECTIONS, AdminServer, application
 from userspace_proxy.exceptions import ConfigError
 
 
@@ -178,3 +178,23 @@ def test_every_answer_forbids_sniffing(run, caplog):
     assert {answer.headers["X-Content-Type-Options"] for answer in answers} == {"nosniff"}
     assert "a view that breaks" in caplog.text
     assert "a view that breaks" not in answers[2].text
+
+
+def test_idle_connections_neither_pile_up_nor_keep_others_out(run):
+    async def main():
+        it = server()
+        async with running(it), aiohttp.ClientSession() as session:
+            crowd = [await asyncio.open_connection("127.0.0.1", it.port) for _ in range(CONNECTIONS + 20)]
+            assert (await Client(session, it.port)("/page")).text == "here"
+            # 20 made room for the others of the crowd, and one for who asked.
+            ended = await asyncio.gather(*(reader.read() for reader, _ in crowd[:21]))
+            assert ended == [b""] * 21
+            waiting = asyncio.gather(*(reader.read() for reader, _ in crowd[21:]))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(waiting), 0.1)
+        assert await waiting == [b""] * (CONNECTIONS - 1)
+        for _, writer in crowd:
+            writer.close()
+            await writer.wait_closed()
+
+    run(main())

@@ -9,9 +9,11 @@ nothing here knows the proxier or a socket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 BACKLOG = 64
 RETRY = 5.0
 """Seconds between two tries to listen, kube-proxy's."""
+CONNECTIONS = 64
+"""At most, of a server. The address may be everybody's, and descriptors are wanted for the services' clients."""
 GRACE = 1.0
 """Seconds that answers on their way have when the server ends."""
 
@@ -55,11 +59,13 @@ class AdminServer:
         await runner.setup()
         try:
             sock = await self._listen()
-            await web.SockSite(runner, sock, backlog=BACKLOG).start()
+            assert runner.server is not None
+            accepting = await asyncio.get_running_loop().create_server(_with_room(runner.server), sock=sock)
             self.port = sock.getsockname()[1]
             self.listening.set()
             logger.info("%s: serving on http://%s", self._flag, join_host_port(self._ip, self.port))
-            await asyncio.get_running_loop().create_future()
+            with contextlib.closing(accepting):
+                await asyncio.get_running_loop().create_future()
         finally:
             self.listening.clear()
             self.port = 0
@@ -79,6 +85,21 @@ class AdminServer:
                     raise ConfigError([problem]) from error
                 logger.warning("%s; trying again in %g s", problem, self._retry)
             await asyncio.sleep(self._retry)
+
+
+def _with_room(server: web.Server) -> Callable[[], asyncio.Protocol]:
+    """Connections of a server that ends the oldest where there would be too many.
+
+    Were it the newest, whoever holds connections open without asking would keep the probes out.
+    """
+
+    def connection() -> asyncio.Protocol:
+        living = [other for other in server.connections if other.transport is not None]
+        for other in living[: max(0, len(living) - CONNECTIONS + 1)]:
+            other.force_close()
+        return server()
+
+    return connection
 
 
 def listen(ip: str, port: int) -> socket.socket:
