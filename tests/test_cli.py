@@ -39,6 +39,12 @@ def test_every_mistake_is_told_at_once() -> None:
     assert "Traceback" not in shown.stderr
 
 
+def test_a_command_gets_the_arguments_after_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "COMMANDS", {"count": len})
+    assert cli.main(["count", "--help", "x"]) == 2
+    assert cli.main(["--help", "count"]) == 0
+
+
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     shown = command("--manifests", str(missing), "--capture=none", "--healthz-bind-address=", "--metrics-bind-address=")

@@ -4,7 +4,8 @@
     1   something failed while running, or could not be started; the log says what
     2   the flags cannot be used as they are; every problem is on stderr, one a line
 
-uvloop is started here; everything else is `config`'s (flags) or `app`'s (running).
+A first argument that is in COMMANDS is a command of its own and gets the arguments after it. uvloop is started here;
+everything else is `config`'s (flags) or `app`'s (running).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import uvloop
 
@@ -26,11 +28,16 @@ from userspace_proxy.manual import help_text
 
 logger = logging.getLogger("userspace_proxy")
 
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {}
+"""What else this program does, by the first argument. Each is given the arguments after it and returns an exit code."""
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str]) -> int:
     _have_standard_streams()
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config = parse(arguments)
     except ConfigError as error:
         _complain(error.problems)
         return 2
@@ -40,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _show(f"userspace-proxy {__version__}\n")
     assert isinstance(config, Config)
     logs.set_up(config.verbosity, config.logging_format)
+    if config.cleanup:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # half of it is not done in order
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(cleanup() if config.cleanup else serve(config))

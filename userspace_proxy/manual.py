@@ -12,8 +12,7 @@ import textwrap
 import typing
 from collections.abc import Iterator
 
-from userspace_proxy.config import HELP, VERSION, Config, settings
-from userspace_proxy.flags import Flag
+from userspace_proxy.config import HELP, VERSION, Config, Flag, settings
 
 WIDTH = 100
 """Columns of the help text."""
@@ -75,7 +74,7 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "<!-- Made from userspace_proxy/config.py by `make docs`; edit it there. -->",
+        "<!-- Made from userspace_proxy/config/table.py by `make docs`; edit it there. -->",
         "",
         "Everything is set by flags, named and written as kube-proxy's. `userspace-proxy --help` prints the same.",
         "All mistakes in a command line are told at once, one a line, and the exit status is then 2.",
