@@ -7,19 +7,23 @@ are in `table`.
 from __future__ import annotations
 
 import enum
+import operator
 import pathlib
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from userspace_proxy.config.gates import parse_gates, show_gates
 from userspace_proxy.config.values import (
     Address,
     format_duration,
     parse_address,
     parse_bind_address,
+    parse_cidr_pair,
     parse_cidrs,
     parse_duration,
+    parse_mode,
     parse_node_name,
     parse_path,
     parse_port_range,
@@ -44,22 +48,35 @@ class Kind(typing.Generic[T]):
     """The reverse of `parse`: `parse(show(value)) == value`."""
     example: str
     repeats: bool = False
-    """A list: given again, it grows. Other flags given again replace what was given before."""
-    in_json: Callable[[T], object] | None = None
-    """None: as `show` writes it."""
+    """A list or a map: given again, it grows. Other flags given again replace what was given before."""
+    json: type = str
+    """What it is in JSON and YAML: str, bool, int, float, list or dict."""
+    choices: tuple[str, ...] = ()
+    """All there are, where they can be told."""
+    is_zero: Callable[[str], bool] = operator.not_
+    """Whether a text is what Go takes for not set, where a file leaves no other way to say so."""
+
+    def as_json(self, value: T) -> object:
+        if self.json is list:
+            return [str(each) for each in typing.cast(Iterable[object], value)] or None
+        if self.json is dict:
+            return dict(typing.cast(Iterable[tuple[str, object]], value))
+        if self.json is float:
+            return int(exact) if (exact := typing.cast(float, value)).is_integer() else exact
+        return self.show(value) if self.json is str else value
 
 
-def duration(example: str, least: str = "") -> Kind[float]:
-    """`least` is the shortest one allowed; empty: any above 0."""
+def duration(example: str, least: str) -> Kind[float]:
+    """`least` is the shortest one allowed."""
 
     def parse(text: str) -> float:
         seconds = parse_duration(text)
-        if seconds < 0 or (seconds == 0 and not least):
+        if seconds < parse_duration(least):
             raise ValueError("too short")
         return seconds
 
-    allowed = f"a duration such as 300ms, 1.5s or 2h45m, {f'{least} or longer' if least else 'above 0'}"
-    return Kind("DURATION", allowed, parse, format_duration, example)
+    allowed = f"a duration such as 300ms, 1.5s or 2h45m, {least} or longer"
+    return Kind("DURATION", allowed, parse, format_duration, example, is_zero=lambda text: parse_duration(text) == 0)
 
 
 def number(least: int, most: int, example: int) -> Kind[int]:
@@ -70,7 +87,8 @@ def number(least: int, most: int, example: int) -> Kind[int]:
             raise ValueError("too small" if int(text) < least else "too large")
         return int(text)
 
-    return Kind("N", f"a whole number from {least} to {most}", parse, str, str(example), in_json=int)
+    allowed = f"a whole number from {least} to {most}"
+    return Kind("N", allowed, parse, str, str(example), json=int, is_zero=lambda text: parse(text) == 0)
 
 
 def decimal(example: float) -> Kind[float]:
@@ -79,18 +97,30 @@ def decimal(example: float) -> Kind[float]:
             raise ValueError("not a number")
         return float(text)
 
-    return Kind("NUMBER", "a number such as 5 or 2.5", parse, "{:g}".format, f"{example:g}", in_json=float)
+    return Kind(
+        "NUMBER",
+        "a number such as 5 or 2.5",
+        parse,
+        "{:g}".format,
+        f"{example:g}",
+        json=float,
+        is_zero=lambda text: parse(text) == 0,
+    )
 
 
 def choice(choices: type[Choice]) -> Kind[Choice]:
-    words = [str(choice.value) for choice in choices]
+    """A member whose value is empty stands for nothing said."""
+    words = tuple(str(choice.value) for choice in choices if choice.value)
+    allowed = f"{', '.join(words[:-1])} or {words[-1]}, in this very case"
+    if len(words) < len(choices):
+        allowed += ", or nothing"
 
     def parse(text: str) -> Choice:
-        if text not in words:
+        if text not in list(choices):
             raise ValueError("no such choice")
         return choices(text)
 
-    return Kind("|".join(words), f"{', '.join(words[:-1])} or {words[-1]}, in lower case", parse, str, words[0])
+    return Kind("|".join(words), allowed, parse, str, words[0], choices=words)
 
 
 def server(port: int, example: str) -> Kind[Address | None]:
@@ -103,6 +133,17 @@ def server(port: int, example: str) -> Kind[Address | None]:
     return Kind("IP[:PORT]", allowed, parse, lambda address: str(address or ""), example)
 
 
+def matching(placeholder: str, allowed: str, pattern: str, why: str, example: str) -> Kind[str]:
+    """Text that is only checked."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(why)
+        return text
+
+    return Kind(placeholder, allowed, parse, str, example)
+
+
 CIDRS = Kind(
     "CIDR,...",
     "CIDRs with commas between",
@@ -110,9 +151,11 @@ CIDRS = Kind(
     ",".join,
     "192.0.2.0/24,2001:db8::/64",
     repeats=True,
-    in_json=list,
+    json=list,
 )
-SWITCH = Kind("", "true or false", parse_switch, lambda on: str(on).lower(), "true", in_json=bool)
+SWITCH = Kind(
+    "", "true or false", parse_switch, lambda on: str(on).lower(), "true", json=bool, choices=("true", "false")
+)
 PATHS = Kind(
     "PATH",
     "a file or a directory",
@@ -120,9 +163,16 @@ PATHS = Kind(
     lambda paths: ",".join(map(str, paths)),
     "/etc/userspace-proxy/manifests",
     repeats=True,
-    in_json=lambda paths: [str(path) for path in paths],
+    json=list,
 )
 FILE = Kind("PATH", "a path, or nothing", parse_trimmed, str, "/etc/kubernetes/kube-proxy.conf")
+PATH = Kind(
+    "PATH",
+    "a path, or nothing",
+    lambda text: pathlib.Path(text) if text else None,
+    lambda path: str(path or ""),
+    "/var/lib/kube-proxy/config.conf",
+)
 DIRECTORY = Kind(
     "PATH",
     "a directory, or nothing",
@@ -139,4 +189,36 @@ PORTS = Kind(
     parse_port_range,
     lambda ports: str(ports or ""),
     "30000-32000",
+)
+GATES = Kind(
+    "GATE=BOOL,...",
+    "feature gates of Kubernetes with true or false, and commas between",
+    parse_gates,
+    show_gates,
+    "SCTPSupport=true",
+    repeats=True,
+    json=dict,
+)
+PROXY_MODE = Kind("MODE", "userspace, or nothing", parse_mode, str, "userspace", choices=("userspace",))
+TEXT = Kind("TEXT", "any text", str, str, "text")
+CLUSTER_CIDR = Kind(
+    "CIDR[,CIDR]",
+    "one CIDR, or one of each address family with a comma between, or nothing",
+    parse_cidr_pair,
+    ",".join,
+    "192.0.2.0/24,2001:db8::/64",
+)
+VERSION_BEFORE = matching(
+    "MAJOR.MINOR", "a version such as 1.24, or nothing", r"([1-9][0-9]?\.[0-9]{1,3})?", "not MAJOR.MINOR", "1.24"
+)
+PATTERNS = matching(
+    "PATTERN=N,...",
+    "names with a level each, and commas between, or nothing",
+    r"([^=,]+=[0-9]{1,9}(,[^=,]+=[0-9]{1,9})*,?)?",
+    "not a list of PATTERN=N",
+    "proxier=4",
+)
+LINE = matching("FILE:N", "a file and a line, or nothing", r"([^:]*:[0-9]{1,9})?", "not FILE:N", "proxier.go:100")
+SEVERITY = matching(
+    "N", "INFO, WARNING, ERROR, FATAL, or 0 to 3", r"(?i)[0-3]|info|warning|error|fatal", "no such severity", "2"
 )

@@ -125,6 +125,16 @@ def parse_cidrs(text: str) -> tuple[str, ...]:
     return tuple(_cidr(part) for part in text.split(",")) if text else ()
 
 
+def parse_cidr_pair(text: str) -> tuple[str, ...]:
+    """One network, or one of each family."""
+    cidrs = parse_cidrs(text)
+    if len(cidrs) > 2:
+        raise ValueError(f"{len(cidrs)} networks")
+    if len({":" in cidr for cidr in cidrs}) < len(cidrs):
+        raise ValueError("both of one address family")
+    return cidrs
+
+
 def _cidr(text: str) -> str:
     address, slash, length = text.partition("/")
     try:
@@ -194,3 +204,14 @@ def parse_path(text: str) -> tuple[pathlib.Path, ...]:
     if not text:
         raise ValueError("an empty path")
     return (pathlib.Path(text),)
+
+
+def parse_mode(text: str) -> str:
+    """--proxy-mode: there is one."""
+    if text in ("iptables", "ipvs", "nftables"):
+        raise ValueError("there the kernel spreads the load, and that is kube-proxy's; this program relays by itself")
+    if text == "kernelspace":
+        raise ValueError("that is kube-proxy's on Windows")
+    if text not in ("", "userspace"):
+        raise ValueError("no such mode")
+    return text

@@ -1,4 +1,4 @@
-"""Signals before there is anything that they could end in order."""
+"""Signals before there is anything that they could end in order, and while it is cleaned up."""
 
 from __future__ import annotations
 
