@@ -27,6 +27,7 @@ from userspace_proxy.capture.choose import choose
 from userspace_proxy.config import Config, PortRange
 from userspace_proxy.configfile import ConfigFile
 from userspace_proxy.exceptions import CaptureError
+from userspace_proxy.features import gated
 from userspace_proxy.logs import set_verbosity
 from userspace_proxy.metrics import Metrics, Outcome
 from userspace_proxy.model import Protocol
@@ -127,7 +128,8 @@ class App:
             async with asyncio.TaskGroup() as tasks:
                 if isinstance(self._data_path, Pool):
                     tasks.create_task(self._data_path.run(), name="workers")
-                tasks.create_task(self._source.run(self._proxier.publish), name="source")
+                publish = gated(self._proxier.publish, self._config.is_on)
+                tasks.create_task(self._source.run(publish), name="source")
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")

@@ -72,7 +72,10 @@ STAGES: Mapping[str, Stage] = {
 }
 _ON = frozenset(_BETA_ON.split())
 _ALL = {"AllAlpha": Stage.ALPHA, "AllBeta": Stage.BETA}
-IN_USE: Mapping[str, str] = {}
+IN_USE: Mapping[str, str] = {
+    "EndpointSliceProxying": "On: an API server is asked for EndpointSlices where it has them. Off: for Endpoints.",
+    "SCTPSupport": "Off: service ports of SCTP are passed over.",
+}
 """What a gate changes here."""
 
 

@@ -40,4 +40,5 @@ def _kubernetes(config: Config) -> Source:
         pace=pace,
         clock=time.monotonic,
         rng=random.Random(),
+        slices=config.is_on("EndpointSliceProxying"),
     )
