@@ -65,9 +65,17 @@ NO_WAIT = KNOWN["wait"].problem(None, "has no value")
         (["---fast"], [], ["---fast: unknown flag; did you mean --fast?"]),
         (["-x4"], [], ["-x4: unknown flag; --help lists those there are"]),
         (["--v4"], [], ["--v4: unknown flag; did you mean --v?"]),
-        (["web.yaml"], [], ["'web.yaml': unexpected argument; everything is set by flags, which --help lists"]),
-        (["-"], [], ["'-': unexpected argument; everything is set by flags, which --help lists"]),
-        (["--", "--fast"], [], ["'--fast': unexpected argument; everything is set by flags, which --help lists"]),
+        (
+            ["web.yaml"],
+            [],
+            ["'web.yaml': unexpected argument; --help lists flags, and the commands that may come first"],
+        ),
+        (["-"], [], ["'-': unexpected argument; --help lists flags, and the commands that may come first"]),
+        (
+            ["--", "--fast"],
+            [],
+            ["'--fast': unexpected argument; --help lists flags, and the commands that may come first"],
+        ),
         (
             ["--fast", "false"],
             [("fast", "true")],
@@ -76,15 +84,15 @@ NO_WAIT = KNOWN["wait"].problem(None, "has no value")
         (
             ["--fast", "no"],
             [("fast", "true")],
-            ["'no': unexpected argument; everything is set by flags, which --help lists"],
+            ["'no': unexpected argument; --help lists flags, and the commands that may come first"],
         ),
         (
             ["x", "--oops", "1", "--count=1", "y"],
             [("count", "1")],
             [
-                "'x': unexpected argument; everything is set by flags, which --help lists",
+                "'x': unexpected argument; --help lists flags, and the commands that may come first",
                 "--oops: unknown flag; --help lists those there are",
-                "'y': unexpected argument; everything is set by flags, which --help lists",
+                "'y': unexpected argument; --help lists flags, and the commands that may come first",
             ],
         ),
     ],

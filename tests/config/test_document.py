@@ -71,6 +71,65 @@ winkernel:
   rootHnsEndpointName: ""
   sourceVip: ""
 """
+KUBEADM = """\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: null
+  min: null
+  tcpCloseWaitTimeout: null
+  tcpEstablishedTimeout: null
+detectLocal:
+  bridgeInterface: ""
+  interfaceNamePrefix: ""
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  localhostNodePorts: null
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+kind: KubeProxyConfiguration
+logging:
+  flushFrequency: 0
+  options:
+    json:
+      infoBufferSize: "0"
+  verbosity: 0
+metricsBindAddress: ""
+mode: ""
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel:
+  enableDSR: false
+  forwardHealthCheckVip: false
+  networkName: ""
+  rootHnsEndpointName: ""
+  sourceVip: ""
+"""
 
 
 def read(body: str, *, head: str = HEAD):
@@ -245,6 +304,21 @@ def test_the_example_of_each_field_is_accepted(place):
     example = line.rpartition("; write for example ")[2]
     again = read(f"{place.partition('.')[0]}:\n  {example}\n" if "." in place else example)
     assert (again.problems, len(again.values) + len(again.notices)) == ([], 1)
+
+
+def test_a_config_map_as_kubeadm_makes_it():
+    """It says next to nothing, in many words; some of them are for other versions."""
+    found = read_document(KUBEADM, "kp.yaml")
+    assert found.values == {
+        "kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf",
+        "cluster-cidr": ("10.244.0.0/16",),
+        **{name: flag_default(name) for name in found.values if name not in ("kubeconfig", "cluster-cidr")},
+    }
+    assert found.problems == []
+    assert [line.partition(" is known")[0] for line in found.notices] == [
+        "kp.yaml:25: no field 'iptables.localhostNodePorts'",
+        "kp.yaml:40: no field 'logging'",
+    ]
 
 
 def test_unknown_fields_are_told_with_their_line_and_the_nearest_name():

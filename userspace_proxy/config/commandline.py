@@ -75,4 +75,4 @@ def _unknown(spelled: str, known: Mapping[str, Flag[typing.Any]]) -> str:
 def _stray(arg: str, given: Sequence[Given]) -> str:
     if given and given[-1].flag.is_switch and (arg in TRUE or arg in FALSE):
         return f"{arg!r}: a switch takes its value with '='; write --{given[-1].flag.name}={arg}"
-    return f"{arg!r}: unexpected argument; everything is set by flags, which --help lists"
+    return f"{arg!r}: unexpected argument; --help lists flags, and the commands that may come first"
