@@ -93,7 +93,7 @@ class Running:
         return self._log.read_text()
 
     def get(self, server: str, path: str) -> str:
-        [url] = re.findall(rf"--{server}-bind-address: serving on (http://\S+)", self.log())
+        url = re.findall(rf"--{server}-bind-address: serving on (http://\S+)", self.log())[-1]
         try:
             with urllib.request.urlopen(url + path, timeout=5) as answer:
                 return str(answer.read().decode())
@@ -154,3 +154,55 @@ def test_a_change_of_a_manifest_is_served(running: Running) -> None:
     running.start("--iptables-min-sync-period=0s")
     running.apply(service("two", "127.96.0.10", [port(80)]))
     eventually(lambda: [r["name"] for r in json.loads(running.get("metrics", "/services"))] == ["two"])
+
+
+CONFIG = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+CONFIG += "healthzBindAddress: 127.0.0.1:0\nmetricsBindAddress: 127.0.0.1:0\nbindAddress: 127.0.0.1\noomScoreAdj: 0\n"
+
+
+def test_a_change_of_the_config_file_starts_it_anew(running: Running, tmp_path: Path) -> None:
+    config = tmp_path / "config.conf"
+    config.write_text(CONFIG)
+    with Servers(echo) as endpoint:
+        running.apply(service("web", "127.96.0.10", [port(80)]), endpoints("web", [f"127.0.0.1:{endpoint.address[1]}"]))
+        running.start(f"--config={config}", "--profiling", "--drain-timeout=20s")
+        assert "--profiling is not looked at, as --config is given; write enableProfiling in" in running.log()
+        assert "no such page" in running.get("metrics", "/debug/stacks")
+        [before] = json.loads(running.get("metrics", "/services"))
+        with socket.create_connection(("127.0.0.1", before["proxyPort"]), 5) as client:
+            client.sendall(b"one")
+            assert client.recv(3) == b"one"
+            config.write_text(CONFIG + "portRange: x\n")
+            eventually(lambda: "going on as before" in running.log())
+            config.write_text(CONFIG + "enableProfiling: true\n")
+            eventually(lambda: "has changed: draining, then starting anew" in running.log())
+            client.sendall(b"two")
+            assert client.recv(3) == b"two", "the end is an orderly one"
+        eventually(lambda: running.log().count("serving on http") == 4 and running.log().count("SERVICE PORT") == 2, 20)
+        assert running.process is not None
+        assert running.process.poll() is None
+        assert "in _end_on_change" in running.get("metrics", "/debug/stacks")
+        [after] = json.loads(running.get("metrics", "/services"))
+        with socket.create_connection(("127.0.0.1", after["proxyPort"]), 5) as client:
+            client.sendall(b"three")
+            assert client.recv(5) == b"three"
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(10) == 0
+
+
+def test_a_signal_while_it_drains_for_a_change_is_the_end(running: Running, tmp_path: Path) -> None:
+    config = tmp_path / "config.conf"
+    config.write_text(CONFIG)
+    with Servers(echo) as endpoint:
+        running.apply(service("web", "127.96.0.10", [port(80)]), endpoints("web", [f"127.0.0.1:{endpoint.address[1]}"]))
+        running.start(f"--config={config}", "--drain-timeout=60s")
+        [row] = json.loads(running.get("metrics", "/services"))
+        with socket.create_connection(("127.0.0.1", row["proxyPort"]), 5) as client:
+            client.sendall(b"one")
+            assert client.recv(3) == b"one"
+            config.write_text(CONFIG + "enableProfiling: true\n")
+            eventually(lambda: "draining" in running.log())
+            assert running.process is not None
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(20) == 0
+    assert running.log().count("serving on http") == 2

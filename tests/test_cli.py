@@ -12,6 +12,8 @@ import pytest
 
 from tests.netns import Namespace, eventually
 from userspace_proxy import __version__, cli
+from userspace_proxy.config import Config
+from userspace_proxy.config.document import render
 from userspace_proxy.exceptions import CaptureError, ConfigError
 
 
@@ -39,11 +41,56 @@ def test_every_mistake_is_told_at_once() -> None:
     assert "Traceback" not in shown.stderr
 
 
+def test_a_command_gets_the_arguments_after_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "COMMANDS", {"count": cli.Command("ARG...", "Count.", len)})
+    assert cli.main(["count", "--help", "x"]) == 2
+    assert cli.main(["--help", "count"]) == 0
+    assert "userspace-proxy count ARG..." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    shown = command("completion", shell)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "--metrics-bind-address"[2:] in shown.stdout
+    assert "completion" in shown.stdout
+
+
+def test_completion_for_a_shell_that_is_not_there() -> None:
+    shown = command("completion", "tcsh")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("userspace-proxy: completion: 'tcsh'; allowed: bash, zsh, fish, one of them")
+
+
+def test_the_config_file_is_written_with_what_was_set(tmp_path: Path) -> None:
+    file = tmp_path / "config.conf"
+    shown = command("--write-config-to", str(file))
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
+    assert file.read_text() == render(Config())
+    shown = command(f"--write-config-to={file}", "--udp-timeout=2s", "--capture=none", "--masquerade-all")
+    assert shown.returncode == 0
+    assert file.read_text() == render(Config()).replace("250ms", "2s").replace(
+        "masqueradeAll: false", "masqueradeAll: true"
+    )
+    assert "--masquerade-all: without effect" in shown.stderr
+    assert "--capture: without a place in the file; to be given beside --config" in shown.stderr
+    again = tmp_path / "again.conf"
+    shown = command(f"--write-config-to={again}", f"--config={file}")
+    assert again.read_text() == file.read_text(), "and what a file sets"
+    shown = command(f"--write-config-to={tmp_path}/missing/file")
+    assert shown.returncode == 1
+    assert f"--write-config-to='{tmp_path}/missing/file': No such file or directory" in shown.stderr
+
+
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
-    shown = command("--manifests", str(missing), "--capture=none", "--healthz-bind-address=", "--metrics-bind-address=")
+    shown = command("--manifests", str(missing), "--capture=none", "--workers=0")
     assert shown.returncode == 2
-    assert str(missing) in shown.stderr
+    assert f"--manifests='{missing}': not there" in shown.stderr
+    assert "--workers='0': too small" in shown.stderr, "with all else that is wrong"
+    assert "serving on" not in shown.stderr
     assert "Traceback" not in shown.stderr
 
 

@@ -1,7 +1,16 @@
-"""`python -m userspace_proxy` is the command `userspace-proxy`."""
+"""The command `userspace-proxy`, and `python -m userspace_proxy`: signals first, then what takes time to import."""
 
 import sys
 
-from userspace_proxy.cli import main
+from userspace_proxy.early import end_at_once_on_signals
 
-sys.exit(main())
+
+def main() -> int:
+    end_at_once_on_signals()
+    from userspace_proxy import cli
+
+    return cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

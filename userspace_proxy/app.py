@@ -18,13 +18,17 @@ from contextlib import suppress
 from functools import partial
 
 from userspace_proxy import host
+from userspace_proxy.admin.debugging import add_debugging
 from userspace_proxy.admin.health import Health, HealthPages
 from userspace_proxy.admin.metrics import Views
 from userspace_proxy.admin.servers import AdminServer
 from userspace_proxy.capture.base import Capture
 from userspace_proxy.capture.choose import choose
 from userspace_proxy.config import Config, PortRange
+from userspace_proxy.configfile import ConfigFile
 from userspace_proxy.exceptions import CaptureError
+from userspace_proxy.features import gated
+from userspace_proxy.logs import set_verbosity
 from userspace_proxy.metrics import Metrics, Outcome
 from userspace_proxy.model import Protocol
 from userspace_proxy.proxier import Proxier
@@ -33,6 +37,7 @@ from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sources import choose as sources
 from userspace_proxy.sources.base import Source
 from userspace_proxy.table import render
+from userspace_proxy.tuning import cpus, set_oom_score, tune_conntrack
 from userspace_proxy.workers.messages import Start
 from userspace_proxy.workers.pool import Pool
 
@@ -58,6 +63,8 @@ class Signals:
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
+        self.final = False
+        """One has come: what ends then is not to start anew."""
         self.reload: Callable[[], None] = lambda: None
         """What SIGHUP does; nothing before there is a source, which has everything to read yet."""
 
@@ -71,6 +78,7 @@ class Signals:
         self.reload()
 
     def _end(self, number: signal.Signals) -> None:
+        self.final = True
         if self.stop.is_set():
             self.hurry.set()
         else:
@@ -81,8 +89,12 @@ class Signals:
 class App:
     """One running proxy. `run` is all there is to call."""
 
-    def __init__(self, config: Config, source: Source, capture: Capture, signals: Signals) -> None:
+    def __init__(
+        self, config: Config, source: Source, capture: Capture, signals: Signals, config_file: ConfigFile | None
+    ) -> None:
         self._config = config
+        self._config_file = config_file
+        self._successor: Config | None = None
         self._signals = signals
         self._capture = capture
         self._metrics = Metrics()
@@ -104,8 +116,11 @@ class App:
             most_descriptors=limit - min(2 * RESERVE, limit // 2),
         )
 
-    async def run(self) -> None:
-        """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now."""
+    async def run(self) -> Config | None:
+        """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now.
+
+        Where the config file ended it, what to start anew with.
+        """
         sys.setswitchinterval(SWITCH)
         self._signals.reload = self._source.reload
         gc.disable()  # until the first sync is done: all that is made before is there to stay
@@ -113,16 +128,20 @@ class App:
             async with asyncio.TaskGroup() as tasks:
                 if isinstance(self._data_path, Pool):
                     tasks.create_task(self._data_path.run(), name="workers")
-                tasks.create_task(self._source.run(self._proxier.publish), name="source")
+                publish = gated(self._proxier.publish, self._config.is_on)
+                tasks.create_task(self._source.run(publish), name="source")
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
                 tasks.create_task(self._show_table(), name="table")
                 tasks.create_task(self._end_on_signal(), name="signals")
+                if self._config_file:
+                    tasks.create_task(self._end_on_change(self._config_file), name="config file")
         except* Stopped:
             pass
         finally:
             await self._leave_nothing_behind()
+        return None if self._signals.final else self._successor
 
     async def _show_table(self) -> None:
         await self._proxier.progress.first_sync.wait()
@@ -141,6 +160,12 @@ class App:
         await self._signals.stop.wait()
         await self._drain()
         raise Stopped
+
+    async def _end_on_change(self, config_file: ConfigFile) -> None:
+        self._successor = await config_file.changed()
+        if not self._signals.stop.is_set():
+            logger.info("--config: %s has changed: draining, then starting anew with it", self._config.config)
+            self._signals.stop.set()
 
     async def _drain(self) -> None:
         """Until nothing is left to wait for, a second signal comes, or the time is over."""
@@ -182,19 +207,22 @@ class App:
     def _admin_servers(self) -> Iterator[AdminServer]:
         config = self._config
         if config.healthz_bind_address:
-            pages = HealthPages(self._health, time.monotonic, 2 * config.iptables_sync_period)
+            health = HealthPages(self._health, time.monotonic, 2 * config.iptables_sync_period)
             yield AdminServer(
                 "--healthz-bind-address",
                 config.healthz_bind_address,
-                pages.app(),
+                health.app(),
                 hard_fail=config.bind_address_hard_fail,
             )
         if config.metrics_bind_address:
             views = Views(self._exposition, config.configz, self._proxier.report, self._data_path.sessions)
+            pages = views.app()
+            if config.profiling:
+                add_debugging(pages, set_verbosity)
             yield AdminServer(
                 "--metrics-bind-address",
                 config.metrics_bind_address,
-                views.app(),
+                pages,
                 hard_fail=config.bind_address_hard_fail,
             )
 
@@ -245,15 +273,22 @@ def _data_path(config: Config, metrics: Metrics) -> DataPath | Pool:
     return Pool(config.workers, start, metrics)
 
 
-async def serve(config: Config) -> None:
-    """Run a proxy until a signal ends it. Raises ConfigError, or CaptureError if the capture asked for cannot work."""
+async def serve(config: Config, parse: Callable[[], Config]) -> Config | None:
+    """Run a proxy until a signal ends it, or a change of --config's file, which `parse` reads anew.
+
+    What to start anew with; None after a signal. Raises ConfigError, or CaptureError where the capture cannot work.
+    """
     signals = Signals()
     signals.watch()  # before anything is put into the kernel: from here on the end is an orderly one
+    config_file = ConfigFile(config.config, config, parse) if config.config else None
+    set_oom_score(config)
     source = sources.choose(config)
     capture = await choose(config.capture, bind_address=config.bind_address, nodeport_cidrs=config.nodeport_addresses)
     try:
-        app = App(config, source, capture, signals)
+        if capture.rewrites_destination:
+            tune_conntrack(config, cpus())
+        app = App(config, source, capture, signals, config_file)
     except BaseException:
         await capture.close()
         raise
-    await app.run()
+    return await app.run()

@@ -1,10 +1,11 @@
 """The command: arguments in, exit code out.
 
-    0   ended in order, by a signal; or did what was asked (--help, --version, --cleanup)
+    0   ended in order, by a signal; or did what was asked (--help, --cleanup, a command)
     1   something failed while running, or could not be started; the log says what
     2   the flags cannot be used as they are; every problem is on stderr, one a line
 
-uvloop is started here; everything else is `config`'s (flags) or `app`'s (running).
+A first argument that is in COMMANDS is a command of its own and gets the arguments after it. uvloop is started here;
+everything else is `config`'s (flags) or `app`'s (running).
 """
 
 from __future__ import annotations
@@ -12,42 +13,106 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import uvloop
 
-from userspace_proxy import __version__, logs
+from userspace_proxy import __version__, completion, logs
 from userspace_proxy.app import serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
+from userspace_proxy.early import end_at_once_on_signals
 from userspace_proxy.exceptions import ConfigError, UserspaceProxyError
 from userspace_proxy.manual import help_text
 
 logger = logging.getLogger("userspace_proxy")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     _have_standard_streams()
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]].run(arguments[1:])
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config = parse(arguments)
+        if config is Show.HELP:
+            return _show(help_text({f"{name} {each.arguments}": each.help for name, each in COMMANDS.items()}))
+        if config is Show.VERSION:
+            return _show(f"userspace-proxy {__version__}\n")
+        assert isinstance(config, Config)
+        return _write(config, config.write_config_to) if config.write_config_to else _run(config, arguments)
     except ConfigError as error:
         _complain(error.problems)
         return 2
-    if config is Show.HELP:
-        return _show(help_text())
-    if config is Show.VERSION:
-        return _show(f"userspace-proxy {__version__}\n")
-    assert isinstance(config, Config)
-    logs.set_up(config.verbosity, config.logging_format)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(cleanup() if config.cleanup else serve(config))
-    except ExceptionGroup as group:
-        return _explain(group)
-    except UserspaceProxyError as error:
-        return _explain(ExceptionGroup("", [error]))
+
+
+def _run(config: Config, arguments: Sequence[str]) -> int:
+    """Serve, once for each time that the config file changes; or clean up."""
+    following: Config | None = config
+    while following:
+        config = following
+        logs.set_up(config.verbosity, config.logging_format)
+        for notice in config.notices:
+            logger.warning("%s", notice)
+        if config.cleanup:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # half of it is no end in order
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                following = runner.run(cleanup() if config.cleanup else serve(config, lambda: _parse_again(arguments)))
+        except ExceptionGroup as group:
+            return _explain(group)
+        except UserspaceProxyError as error:
+            return _explain(ExceptionGroup("", [error]))
+        end_at_once_on_signals()
     return 0
+
+
+def _parse_again(arguments: Sequence[str]) -> Config:
+    config = parse(arguments)
+    assert isinstance(config, Config)
+    return config
+
+
+def _write(config: Config, path: Path) -> int:
+    from userspace_proxy.config.document import only_flags, render  # here: YAML takes long to load
+
+    try:
+        path.write_text(render(config), encoding="utf-8")
+    except OSError as error:
+        _complain([f"--write-config-to={str(path)!r}: {error.strerror}"])
+        return 1
+    rest = [f"--{name}" for name in only_flags(config) if name not in ("config", "write-config-to")]
+    left_out = [f"{', '.join(rest)}: without a place in the file; to be given beside --config"] if rest else []
+    for notice in (*config.notices, *left_out):
+        sys.stderr.write(f"userspace-proxy: {notice}\n")
+    return 0
+
+
+def _completion(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in completion.SHELLS:
+        _complain([f"completion: {' '.join(arguments)!r}; allowed: {', '.join(completion.SHELLS)}, one of them"])
+        return 2
+    return _show(completion.SHELLS[arguments[0]]({name: each.help for name, each in COMMANDS.items()}))
+
+
+class Command(NamedTuple):
+    """Something else than serving."""
+
+    arguments: str
+    """What stands for them in the help text."""
+    help: str
+    run: Callable[[Sequence[str]], int]
+    """Gets the arguments after the command's name, and returns an exit code."""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "completion": Command("SHELL", "Print what makes a shell complete flags: bash, zsh or fish.", _completion),
+}
+"""By the first argument."""
 
 
 def _have_standard_streams() -> None:

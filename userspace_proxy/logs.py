@@ -19,6 +19,10 @@ def set_up(verbosity: int, logging_format: LoggingFormat, name: str = "") -> Non
     stream = logging.StreamHandler()
     stream.setFormatter(_JSONLines(name) if logging_format is LoggingFormat.JSON else _Lines(name))
     logging.basicConfig(handlers=[stream], level=logging.WARNING, force=True)
+    set_verbosity(verbosity)
+
+
+def set_verbosity(verbosity: int) -> None:
     logging.getLogger("userspace_proxy").setLevel(logging.DEBUG if verbosity >= _DEBUG_AT else logging.INFO)
     sessions = logging.getLogger("userspace_proxy.sockets")
     sessions.setLevel(logging.DEBUG if verbosity >= _CONNECTIONS_AT else logging.INFO)

@@ -29,7 +29,9 @@ def node_object(zone: str = "zone-a", name: str = NODE) -> Object:
 
 
 class Follower:
-    def __init__(self, access: Access, *, state: Path | None = None, pace: Pace = PACE, seed: int = 1) -> None:
+    def __init__(
+        self, access: Access, *, state: Path | None = None, pace: Pace = PACE, seed: int = 1, slices: bool = True
+    ) -> None:
         self.connection = Connection(access, time.monotonic, stall=pace.stall)
         server = self.connection.check()
         self.source = KubernetesSource(
@@ -39,6 +41,7 @@ class Follower:
             pace=pace,
             clock=time.monotonic,
             rng=random.Random(seed),
+            slices=slices,
         )
         self.published: list[Snapshot] = []
 

@@ -279,6 +279,17 @@ def test_endpoints_where_slices_are_not_served(api: APIServer, run: Run, caplog:
     assert "endpointslices are not served; endpoints are followed instead" in caplog.text
 
 
+def test_endpoints_where_slices_are_not_wanted(api: APIServer, run: Run) -> None:
+    api.put(old_endpoints("web", "10.1.0.5"))
+
+    async def main() -> None:
+        async with follow(api, slices=False).running() as follower:
+            await eventually(lambda: follower.addresses("web") == ["10.1.0.5:8080"])
+
+    run(main())
+    assert "EndpointSlice" not in {request.kind for request in api.requests}
+
+
 def test_what_stalls_is_begun_again(api: APIServer, run: Run) -> None:
     api.manner = lambda request: Manner(silent=300) if len(api.requests) < 8 else GOOD
 

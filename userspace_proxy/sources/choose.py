@@ -5,16 +5,13 @@ The Kubernetes client is loaded only where it is asked for: it is half of this p
 
 from __future__ import annotations
 
-import logging
 import random
 import socket
 import time
 
-from userspace_proxy.config import Config, ContentType
+from userspace_proxy.config import Config
 from userspace_proxy.sources.base import Source
 from userspace_proxy.sources.manifests import ManifestSource
-
-logger = logging.getLogger(__name__)
 
 
 def choose(config: Config) -> Source:
@@ -36,11 +33,6 @@ def _kubernetes(config: Config) -> Source:
     pace = Pace(resync=config.config_sync_period)
     connection = Connection(access, time.monotonic, stall=pace.stall)
     server = connection.check()
-    if config.kube_api_content_type is not ContentType.JSON:
-        logger.info(
-            "--kube-api-content-type=%s: JSON is spoken with the API server, which every one of them does",
-            config.kube_api_content_type,
-        )
     return KubernetesSource(
         connection,
         config.hostname_override or socket.gethostname().strip().lower(),
@@ -48,4 +40,5 @@ def _kubernetes(config: Config) -> Source:
         pace=pace,
         clock=time.monotonic,
         rng=random.Random(),
+        slices=config.is_on("EndpointSliceProxying"),
     )

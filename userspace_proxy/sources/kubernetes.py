@@ -152,7 +152,9 @@ class KubernetesSource:
         pace: Pace,
         clock: Callable[[], float],
         rng: Randomness,
+        slices: bool = True,
     ) -> None:
+        """Without `slices` endpoints are had from Endpoints, even where there are EndpointSlices."""
         self._connection = connection
         self._saved = saved
         self._pace = pace
@@ -167,7 +169,9 @@ class KubernetesSource:
         self._node = _NodeFeed(node_name, self._flush)
         self._reflectors: tuple[Reflector[Any], ...] = (
             Reflector(connection, [SERVICES], self._services, pace, clock, rng),
-            Reflector(connection, [ENDPOINT_SLICES, ENDPOINTS], self._endpoints, pace, clock, rng),
+            Reflector(
+                connection, [ENDPOINT_SLICES, ENDPOINTS] if slices else [ENDPOINTS], self._endpoints, pace, clock, rng
+            ),
             Reflector(connection, [answers.node(node_name)], self._node, pace, clock, rng),
         )
 

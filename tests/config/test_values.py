@@ -1,30 +1,21 @@
-"""Go's way of writing flags: values, spelling, and what is said about mistakes."""
+"""Go's way of writing values, and what is said about those that are none."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from userspace_proxy.flags import (
-    CIDRS,
-    SWITCH,
+from userspace_proxy.config.values import (
     Address,
-    Flag,
-    choice,
-    duration,
     format_duration,
-    number,
     parse_address,
     parse_cidrs,
     parse_duration,
     parse_ip,
     parse_switch,
-    read,
-    server,
 )
 
 
@@ -254,183 +245,3 @@ def test_what_is_no_cidr(text, why):
     with pytest.raises(ValueError) as caught:
         parse_cidrs(text)
     assert str(caught.value) == why
-
-
-class Colour(enum.StrEnum):
-    RED = "red"
-    GREEN = "green"
-    BLUE = "blue"
-
-
-KINDS = {
-    "wait": duration("1s"),
-    "pause": duration("1s", least="0s"),
-    "count": number(-1, 10, 3),
-    "colour": choice(Colour),
-    "fast": SWITCH,
-    "nets": CIDRS,
-    "listen": server(80, "0.0.0.0:80"),
-    "v": number(0, 10, 2),
-}
-KNOWN = {name: Flag(name, kind, "Group", "Help.") for name, kind in KINDS.items()}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "value"),
-    [
-        ("wait", "1ns", 1e-9),
-        ("pause", "0", 0.0),
-        ("count", "-1", -1),
-        ("count", "+10", 10),
-        ("count", "007", 7),
-        ("colour", "green", Colour.GREEN),
-        ("listen", "", None),
-        ("listen", "::1", ("::1", 80)),
-    ],
-)
-def test_kinds(name, text, value):
-    assert KINDS[name].parse(text) == value
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "why"),
-    [
-        ("wait", "0s", "too short"),
-        ("wait", "-1s", "too short"),
-        ("pause", "-1ns", "too short"),
-        ("count", "-2", "too small"),
-        ("count", "11", "too large"),
-        ("count", "1.0", "not a whole number"),
-        ("count", "1_0", "not a whole number"),
-        ("count", "٣", "not a whole number"),
-        ("count", "9" * 5000, "not a whole number"),
-        ("count", "", "not a whole number"),
-        ("colour", "Red", "no such choice"),
-        ("colour", "", "no such choice"),
-        ("listen", ":80", "not an IP address"),
-    ],
-)
-def test_what_kinds_refuse(name, text, why):
-    with pytest.raises(ValueError) as caught:
-        KINDS[name].parse(text)
-    assert str(caught.value) == why
-
-
-def test_what_is_allowed_is_told():
-    assert KINDS["wait"].allowed == "a duration such as 300ms, 1.5s or 2h45m, above 0"
-    assert KINDS["pause"].allowed == "a duration such as 300ms, 1.5s or 2h45m, 0s or longer"
-    assert KINDS["count"].allowed == "a whole number from -1 to 10"
-    assert KINDS["colour"].allowed == "red, green or blue, in lower case"
-    assert "port 80" in KINDS["listen"].allowed
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_the_example_is_allowed_and_reads_back(kind):
-    value = kind.parse(kind.example)
-    assert kind.parse(kind.show(value)) == value
-
-
-def test_a_problem_tells_found_allowed_and_what_to_write():
-    assert KNOWN["count"].problem("99", "too large") == (
-        "--count='99': too large; allowed: a whole number from -1 to 10; write for example --count=3"
-    )
-    assert KNOWN["colour"].problem(None, "has no value") == (
-        "--colour: has no value; allowed: red, green or blue, in lower case; write for example --colour=red"
-    )
-    assert "\n" not in KNOWN["colour"].problem("a\nb", "no such choice")
-
-
-@pytest.mark.parametrize(
-    ("name", "spelled"),
-    [("wait", "--wait DURATION"), ("fast", "--fast"), ("v", "-v, --v N"), ("listen", "--listen IP[:PORT]")],
-)
-def test_spelled(name, spelled):
-    assert KNOWN[name].spelled == spelled
-
-
-def read_plainly(*argv):
-    given, problems = read(argv, KNOWN)
-    return [(flag.name, value) for flag, value in given], problems
-
-
-@pytest.mark.parametrize(
-    ("argv", "given"),
-    [
-        ([], []),
-        (["--wait=1s"], [("wait", "1s")]),
-        (["--wait", "1s"], [("wait", "1s")]),
-        (["-wait", "1s", "-colour=red"], [("wait", "1s"), ("colour", "red")]),
-        (["--wait="], [("wait", "")]),
-        (["--wait", ""], [("wait", "")]),
-        (["--wait", "-1s"], [("wait", "-1s")]),
-        (["--wait=a=b"], [("wait", "a=b")]),
-        (["--fast"], [("fast", "true")]),
-        (["--fast=false", "-fast=1"], [("fast", "false"), ("fast", "1")]),
-        (["--fast", "--count", "1"], [("fast", "true"), ("count", "1")]),
-        (["-v", "4"], [("v", "4")]),
-        (["-v=4", "--v=5", "-v6"], [("v", "4"), ("v", "5"), ("v", "6")]),
-        (["", "--fast", ""], [("fast", "true")]),
-        (["--fast", "--"], [("fast", "true")]),
-        (["--fast", "--", ""], [("fast", "true")]),
-    ],
-)
-def test_reading(argv, given):
-    assert read_plainly(*argv) == (given, [])
-
-
-def test_underscores_and_dashes_are_the_same():
-    known = {"max-flows": Flag("max-flows", KINDS["count"], "Group", "Help.")}
-    given, problems = read(["--max_flows=1", "--max-flows", "2", "-max_flows=3"], known)
-    assert ([value for _, value in given], problems) == (["1", "2", "3"], [])
-
-
-NO_WAIT = KNOWN["wait"].problem(None, "has no value")
-
-
-@pytest.mark.parametrize(
-    ("argv", "given", "problems"),
-    [
-        (["--wait"], [], [NO_WAIT]),
-        (["--wait", "--fast"], [("fast", "true")], [NO_WAIT]),
-        (["--wait", "--count=1"], [("count", "1")], [NO_WAIT]),
-        (["--wiat", "1s"], [], ["--wiat: unknown flag; did you mean --wait?"]),
-        (["--wiat=1s"], [], ["--wiat: unknown flag; did you mean --wait?"]),
-        (["--WAIT=1s"], [], ["--WAIT: unknown flag; did you mean --wait?"]),
-        (["--proxy-mode", "--fast"], [("fast", "true")], ["--proxy-mode: unknown flag; --help lists those there are"]),
-        (["--proxy-mode", "-v4"], [("v", "4")], ["--proxy-mode: unknown flag; --help lists those there are"]),
-        (["---fast"], [], ["---fast: unknown flag; did you mean --fast?"]),
-        (["-x4"], [], ["-x4: unknown flag; --help lists those there are"]),
-        (["--v4"], [], ["--v4: unknown flag; did you mean --v?"]),
-        (["web.yaml"], [], ["'web.yaml': unexpected argument; everything is set by flags, which --help lists"]),
-        (["-"], [], ["'-': unexpected argument; everything is set by flags, which --help lists"]),
-        (["--", "--fast"], [], ["'--fast': unexpected argument; everything is set by flags, which --help lists"]),
-        (
-            ["--fast", "false"],
-            [("fast", "true")],
-            ["'false': a switch takes its value with '='; write --fast=false"],
-        ),
-        (
-            ["--fast", "no"],
-            [("fast", "true")],
-            ["'no': unexpected argument; everything is set by flags, which --help lists"],
-        ),
-        (
-            ["x", "--oops", "1", "--count=1", "y"],
-            [("count", "1")],
-            [
-                "'x': unexpected argument; everything is set by flags, which --help lists",
-                "--oops: unknown flag; --help lists those there are",
-                "'y': unexpected argument; everything is set by flags, which --help lists",
-            ],
-        ),
-    ],
-)
-def test_mistakes(argv, given, problems):
-    assert read_plainly(*argv) == (given, problems)
-
-
-@given(st.lists(st.text(alphabet="-=_vwait1 sfx", max_size=8)))
-def test_no_command_line_breaks_the_reader(argv):
-    given, problems = read(argv, KNOWN)
-    assert len(given) + len(problems) <= len(argv)
-    assert all("\n" not in problem for problem in problems)
