@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,34 @@ def test_completion_for_a_shell_that_is_not_there() -> None:
     shown = command("completion", "tcsh")
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.startswith("userspace-proxy: completion: 'tcsh'; allowed: bash, zsh, fish, one of them")
+
+
+WEB = """\
+{apiVersion: v1, kind: Service, metadata: {name: web-1, namespace: shop},
+ spec: {clusterIP: 127.96.0.10, ports: [{name: http, port: 80}]}}
+"""
+
+
+def test_env_is_what_a_shell_takes(tmp_path: Path) -> None:
+    (tmp_path / "web.yaml").write_text(WEB)
+    done = command("env", "shop", f"--manifests={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    shell = subprocess.run(
+        ["sh", "-euc", f'{done.stdout}echo "$WEB_1_SERVICE_HOST $WEB_1_SERVICE_PORT_HTTP $WEB_1_PORT_80_TCP"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shell.stdout == "127.96.0.10 80 tcp://127.96.0.10:80\n"
+    assert command("env", f"--manifests={tmp_path}").stdout == "", "another namespace"
+
+
+def test_env_without_an_api_server_that_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "FIRST_STATE", 0.2)
+        assert cli.main(["env", f"--master=http://127.0.0.1:{silent.getsockname()[1]}"]) == 1
+    assert "env: no state of the cluster within 0.2 s" in capsys.readouterr().err
+    assert cli.main(["env", "shop", "--manifests=/not/there"]) == 2
 
 
 def test_the_config_file_is_written_with_what_was_set(tmp_path: Path) -> None:

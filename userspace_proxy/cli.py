@@ -26,10 +26,17 @@ from userspace_proxy.app import serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
 from userspace_proxy.early import end_at_once_on_signals
+from userspace_proxy.environment import exports
 from userspace_proxy.exceptions import ConfigError, UserspaceProxyError
 from userspace_proxy.manual import help_text
+from userspace_proxy.model import Snapshot
+from userspace_proxy.sources.base import first
+from userspace_proxy.sources.choose import choose
 
 logger = logging.getLogger("userspace_proxy")
+
+FIRST_STATE = 15.0
+"""Seconds that `env` waits for what the API server tells."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -99,6 +106,31 @@ def _completion(arguments: Sequence[str]) -> int:
     return _show(completion.SHELLS[arguments[0]]({name: each.help for name, each in COMMANDS.items()}))
 
 
+def _env(arguments: Sequence[str]) -> int:
+    namespace, flags = "default", arguments
+    if arguments and not arguments[0].startswith("-"):
+        namespace, *flags = arguments
+    try:
+        config = parse(flags)
+        if not isinstance(config, Config):
+            return main(flags)
+        logs.set_up(config.verbosity, config.logging_format)
+        return _show(exports(asyncio.run(_first_state(config)).services, namespace))
+    except ConfigError as error:
+        _complain(error.problems)
+        return 2
+    except ExceptionGroup as group:
+        return _explain(group)
+    except TimeoutError:
+        _complain([f"env: no state of the cluster within {FIRST_STATE:g} s; the log above says why"])
+        return 1
+
+
+async def _first_state(config: Config) -> Snapshot:
+    async with asyncio.timeout(FIRST_STATE):
+        return await first(choose(config))
+
+
 class Command(NamedTuple):
     """Something else than serving."""
 
@@ -111,6 +143,11 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "completion": Command("SHELL", "Print what makes a shell complete flags: bash, zsh or fish.", _completion),
+    "env": Command(
+        "[NAMESPACE] [flags]",
+        "Print the variables that a pod of the namespace (default: default) finds its Services by, for a shell's eval.",
+        _env,
+    ),
 }
 """By the first argument."""
 

@@ -7,6 +7,7 @@ Services mean is decided in `sources.objects` and `sources.store`; what is done 
 
 from __future__ import annotations
 
+import asyncio
 import typing
 from collections.abc import Callable
 
@@ -26,3 +27,15 @@ class Source(typing.Protocol):
 
     def reload(self) -> None:
         """Read everything anew and publish it, even where no change was noticed (SIGHUP)."""
+
+
+async def first(source: Source) -> Snapshot:
+    """What a source publishes first. What its `run` raises comes in an ExceptionGroup."""
+    found: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(
+            source.run(lambda snapshot: None if found.done() else found.set_result(snapshot)), name="source"
+        )
+        snapshot = await found
+        running.cancel()
+    return snapshot
