@@ -192,7 +192,7 @@ def test_a_node_port_passes_to_another_service(node: Node, pod: Namespace) -> No
     eventually(lambda: "second:http" in node.rows())
     assert is_served(pod, "10.1.0.1", 30080)
     eventually(lambda: programs.curl_status(pod, "10.96.0.20", 80) == CONNECTION_REFUSED)
-    assert node.rows()["second:http"]["problems"]
+    eventually(lambda: node.rows()["second:http"]["problems"])
     node.apply(web(port(80, name="http")), *slices(), second)
     eventually(lambda: programs.curl_status(pod, "10.1.0.1", 30080) == CONNECTION_REFUSED)
     assert not node.rows()["second:http"]["problems"]
