@@ -12,7 +12,7 @@ from tests.proxy import KINDS, Named, ProxyThread, address, ask, eventually, lis
 from tests.sockets.conftest import Start, also_with_workers
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
-from userspace_proxy.model import IPFamily, Protocol, SessionAffinity
+from userspace_proxy.model import Endpoint, IPFamily, Protocol, SessionAffinity
 
 pytestmark = also_with_workers
 
@@ -31,9 +31,9 @@ def three(protocol: Protocol, family: IPFamily) -> Iterator[list[Named]]:
         endpoint.stop()
 
 
-def refused(proxy: ProxyThread) -> bool:
+def refused(proxy: ProxyThread, source: str | None = None) -> bool:
     try:
-        ask(proxy)
+        ask(proxy, source=source)
     except ConnectionRefusedError:
         return True
     return False
@@ -101,6 +101,51 @@ def test_the_port_is_ours_in_every_state(
             proxy.call(
                 proxy.sockets.open, proxy.socket.key, *proxy.address, LoadBalancer(time.monotonic, None), proxy.counts
             )
+
+
+def unheard(proxy: ProxyThread, source: str | None = None) -> bool:
+    """Neither answered nor refused."""
+    kind = KINDS[proxy.protocol]
+    with socket.socket(socket.AF_INET6 if proxy.family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+        client.settimeout(0.1)
+        if source:
+            client.bind((source, 0))
+        try:
+            client.connect(proxy.address)
+            client.send(b"hi")
+            client.recv(10)
+        except TimeoutError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("affinity", SessionAffinity)
+def test_silence_is_neither_service_nor_refusal(
+    start: Start, protocol: Protocol, family: IPFamily, three: list[Named], affinity: SessionAffinity
+) -> None:
+    proxy = start(protocol, family, [], affinity=affinity)
+    proxy.call(proxy.socket.screen, ())
+    assert refused(proxy)
+    proxy.call(proxy.socket.serve)
+    assert unheard(proxy)
+    assert proxy.counts.opened == 0
+    proxy.call(proxy.balancer.update, [Endpoint(*e.address) for e in three])
+    assert unheard(proxy)
+    proxy.call(proxy.socket.screen, None)
+    assert ask(proxy) in (b"a", b"b", b"c")
+
+
+@pytest.mark.parametrize("affinity", SessionAffinity)
+def test_only_clients_from_some_networks_are_heard(start: Start, protocol: Protocol, affinity: SessionAffinity) -> None:
+    with Named(protocol, IPFamily.IPV4, "a") as endpoint:
+        proxy = start(protocol, IPFamily.IPV4, [endpoint.address], affinity=affinity)
+        proxy.call(proxy.socket.screen, ["127.0.1.0/24"])
+        for _ in range(2):  # and again when it has refused in between
+            assert ask(proxy, source="127.0.1.9") == b"a"
+            assert unheard(proxy, source="127.0.2.9")
+            proxy.update([])
+            assert refused(proxy, source="127.0.1.9")
+            proxy.update([endpoint.address])
 
 
 def test_a_closed_socket_leaves_the_port_to_others(start: Start, protocol: Protocol, family: IPFamily) -> None:

@@ -12,7 +12,8 @@ import pytest
 from tests.netns import Namespace
 from userspace_proxy.model import IPFamily
 from userspace_proxy.sockets.base import AF, bind
-from userspace_proxy.workers.steering import by_client, deafen, steer, undeafen, unsteer
+from userspace_proxy.sockets.screen import screen
+from userspace_proxy.workers.steering import by_client, steer, unsteer
 
 PORT = 21000
 
@@ -97,13 +98,13 @@ def heard(members: list[socket.socket]) -> dict[str, set[int]]:
 def test_the_kernel_agrees(family: IPFamily) -> None:
     members = group(family, 3)
     for sock in members:
-        deafen(sock)
+        screen(sock, family, ())
     for client in clients(family):
         send(family, client)
     assert not heard(members)
     steer(members[0], family, 3)
     for sock in members:
-        undeafen(sock)
+        screen(sock, family, None)
     for _ in range(4):  # ports differ each time
         for client in clients(family):
             send(family, client)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import socket
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
@@ -39,6 +39,13 @@ class ProxySocket(typing.Protocol):
 
     def refuse(self) -> None:
         """Take no more clients, keep the port. UDP flows end, TCP connections go on."""
+
+    def screen(self, networks: Sequence[str] | None) -> None:
+        """Hear only clients from these networks, to all others keep silent; None: hear everybody.
+
+        With no network at all nobody is heard, which is how a socket that serves refuses nobody and takes nobody.
+        Raises PortError.
+        """
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         """Only clients that were sent here through these portals are served; None: whoever connects."""
@@ -164,6 +171,9 @@ def bind(
     except OSError as error:
         sock.close()
         raise PortError(f"{join_host_port(ip, port)} cannot be had: {error.strerror}") from error
+    except PortError:
+        sock.close()
+        raise
     return sock
 
 

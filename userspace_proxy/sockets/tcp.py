@@ -14,7 +14,7 @@ import errno
 import logging
 import socket
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from socket import SocketType
 
 from userspace_proxy.exceptions import PortError
@@ -25,6 +25,7 @@ from userspace_proxy.poller import EDGE_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind
 from userspace_proxy.sockets.dial import Dial, Dialer, set_keepalive
 from userspace_proxy.sockets.relay import ABORT_ON_CLOSE, Pipes, Relay
+from userspace_proxy.sockets.screen import screen
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +260,9 @@ class TCPSocket:
             self._accept()
             stop_listening(self._listener)
         self._serving = False
+
+    def screen(self, networks: Sequence[str] | None) -> None:
+        screen(self._listener, self.key.family, networks)
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         if portals is None:

@@ -18,7 +18,7 @@ import logging
 import socket
 import struct
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from socket import SocketType
 
 from userspace_proxy.exceptions import NoEndpoints
@@ -27,6 +27,7 @@ from userspace_proxy.metrics import Outcome, ServicePortMetrics, errno_name
 from userspace_proxy.model import Address, IPFamily, Portal, Protocol, SocketKey, join_host_port
 from userspace_proxy.poller import LEVEL_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind, claim
+from userspace_proxy.sockets.screen import screen
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,7 @@ class UDPSocket:
         self.adopted = False
         """Whether other processes hold the socket as well."""
         self._ip = ip
+        self._networks: Sequence[str] | None = None
         self._sock: SocketType | None = None
         """Where clients are heard, while serving."""
         self._claim: SocketType | None = None
@@ -271,10 +273,20 @@ class UDPSocket:
     def serve(self) -> None:
         if self._sock is not None:
             return
-        self.hear(bind(self.key.family, socket.SOCK_DGRAM, self._ip, self.port, beside_ours=True, prepare=prepare))
+        family, prepare = self.key.family, self._prepare
+        self.hear(bind(family, socket.SOCK_DGRAM, self._ip, self.port, beside_ours=True, prepare=prepare))
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+
+    def _prepare(self, sock: SocketType) -> None:
+        prepare(sock)
+        screen(sock, self.key.family, self._networks)
+
+    def screen(self, networks: Sequence[str] | None) -> None:
+        self._networks = networks
+        if self._sock is not None:
+            screen(self._sock, self.key.family, networks)
 
     def refuse(self) -> None:
         if self._sock is None:

@@ -19,7 +19,8 @@ from userspace_proxy.exceptions import PortError
 from userspace_proxy.model import IPFamily, Protocol
 from userspace_proxy.sockets import tcp, udp
 from userspace_proxy.sockets.base import bind, claim, hear_nobody
-from userspace_proxy.workers.steering import deafen, steer, undeafen, unsteer
+from userspace_proxy.sockets.screen import screen
+from userspace_proxy.workers.steering import steer, unsteer
 
 
 class Group(typing.Protocol):
@@ -41,6 +42,9 @@ class Group(typing.Protocol):
     def steer(self, steered: bool) -> None:
         """Change, while serving, how clients are spread."""
 
+    def screen(self, networks: Sequence[str] | None) -> None:
+        """Hear only clients from these networks, now and whenever it serves. Raises PortError."""
+
     def close(self) -> None:
         """Give the port up, as far as it is ours: workers close what they were given."""
 
@@ -51,6 +55,7 @@ class TCPGroup:
     def __init__(self, family: IPFamily, ip: str, port: int, count: int) -> None:
         self._family = family
         self._port = port
+        self._networks: Sequence[str] | None = None
         self.sockets: list[socket.socket] = [bind(family, socket.SOCK_STREAM, ip, port, prepare=tcp.prepare)]
         try:
             self.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -64,16 +69,21 @@ class TCPGroup:
         first = self.sockets[0]
         try:
             for sock in self.sockets if steered else ():
-                deafen(sock)
+                screen(sock, self._family, ())  # deaf, until the group is complete
             for sock in self.sockets:
                 tcp.listen(sock)
                 if sock is first and steered:  # not before: a socket that has a program but no group cannot listen
                     steer(first, self._family, len(self.sockets))
             for sock in self.sockets if steered else ():
-                undeafen(sock)
-        except OSError as error:
+                screen(sock, self._family, self._networks)
+        except (OSError, PortError) as error:
             self.refuse()
-            raise PortError(f"cannot listen on proxy port {self._port}: {error.strerror}") from error
+            raise PortError(f"cannot listen on proxy port {self._port}: {error}") from error
+
+    def screen(self, networks: Sequence[str] | None) -> None:
+        self._networks = networks
+        for sock in self.sockets:
+            screen(sock, self._family, networks)
 
     def waiting(self) -> Iterator[tuple[int, socket.socket]]:
         for index, listener in enumerate(self.sockets):
@@ -111,6 +121,7 @@ class UDPGroup:
         self._ip = ip
         self._port = port
         self._count = count
+        self._networks: Sequence[str] | None = None
         self._claim: socket.socket | None = claim(family, socket.SOCK_DGRAM, ip, port)
         self._claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
@@ -124,18 +135,22 @@ class UDPGroup:
             if steered:
                 steer(made[0], self._family, self._count)
                 for sock in made:
-                    undeafen(sock)
+                    screen(sock, self._family, self._networks)
         except (OSError, PortError) as error:
             self.sockets = made
             self.refuse()
             raise PortError(f"cannot serve on proxy port {self._port}: {error}") from error
         self.sockets = made
 
+    def screen(self, networks: Sequence[str] | None) -> None:
+        self._networks = networks
+        for sock in self.sockets:
+            screen(sock, self._family, networks)
+
     def _bind(self, *, deaf: bool) -> socket.socket:
         def prepare(sock: socket.socket) -> None:
             udp.prepare(sock)
-            if deaf:
-                deafen(sock)
+            screen(sock, self._family, () if deaf else self._networks)
 
         return bind(self._family, socket.SOCK_DGRAM, self._ip, self._port, beside_ours=True, prepare=prepare)
 

@@ -14,7 +14,7 @@ import itertools
 import logging
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
@@ -90,6 +90,9 @@ class WorkerSocket:
         self._group.refuse()
         self.serving = False
         self._pool.tell(Refuse(self.opening.id))
+
+    def screen(self, networks: Sequence[str] | None) -> None:
+        self._group.screen(networks)
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         self._admitted = Admit(self.opening.id, None if portals is None else tuple(portals))

@@ -11,30 +11,16 @@ in a known order, and none that comes or goes while clients are steered, is the 
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import socket
-import struct
 from socket import SocketType
 
 from userspace_proxy.model import IPFamily
+from userspace_proxy.sockets.screen import LOAD_WORD, NETWORK_HEADER, SOURCE, Instruction, attach, detach
 
-Instruction = tuple[int, int, int, int]
-"""Code, jump if true, jump if false, constant."""
-
-_SO_ATTACH_FILTER = 26
-_SO_DETACH_FILTER = 27
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_DETACH_REUSEPORT_BPF = 68
 
-_LOAD_WORD, _MULTIPLY, _SHIFT_RIGHT, _MODULO, _XOR_X, _COPY_TO_X, _RETURN_A, _RETURN = (
-    *(0x20, 0x24, 0x74, 0x94, 0xAC, 0x07),
-    *(0x16, 0x06),
-)
-_NETWORK_HEADER = 0x100000000 - 0x100000  # SKF_NET_OFF: offsets from here on count from the IP header
+_MULTIPLY, _SHIFT_RIGHT, _MODULO, _XOR_X, _COPY_TO_X, _RETURN_A = 0x24, 0x74, 0x94, 0xAC, 0x07, 0x16
 _SPREAD = 0x9E3779B1
-_SOURCE = {IPFamily.IPV4: (12,), IPFamily.IPV6: (8, 12, 16, 20)}
-"""Where the words of the source address are."""
 
 
 def by_client(family: IPFamily, count: int) -> list[Instruction]:
@@ -43,10 +29,10 @@ def by_client(family: IPFamily, count: int) -> list[Instruction]:
     The address is spread first: pods of one node tend to differ in few bits, which need not be the lowest.
     """
     program: list[Instruction] = []
-    for offset in _SOURCE[family]:
+    for offset in SOURCE[family]:
         if program:
             program.append((_COPY_TO_X, 0, 0, 0))
-        program.append((_LOAD_WORD, 0, 0, _NETWORK_HEADER + offset))
+        program.append((LOAD_WORD, 0, 0, NETWORK_HEADER + offset))
         if len(program) > 1:
             program.append((_XOR_X, 0, 0, 0))
     return [
@@ -60,31 +46,9 @@ def by_client(family: IPFamily, count: int) -> list[Instruction]:
 
 def steer(sock: SocketType, family: IPFamily, count: int) -> None:
     """Have the group of this socket, which must be in it already, steered by client address."""
-    _attach(sock, _SO_ATTACH_REUSEPORT_CBPF, by_client(family, count))
+    attach(sock, _SO_ATTACH_REUSEPORT_CBPF, by_client(family, count))
 
 
 def unsteer(sock: SocketType) -> None:
     """Leave the group of this socket to the kernel's hash."""
-    _detach(sock, _SO_DETACH_REUSEPORT_BPF)
-
-
-def deafen(sock: SocketType) -> None:
-    """Have everything that comes to this socket dropped, until `undeafen`: while its group is not complete."""
-    _attach(sock, _SO_ATTACH_FILTER, [(_RETURN, 0, 0, 0)])
-
-
-def undeafen(sock: SocketType) -> None:
-    _detach(sock, _SO_DETACH_FILTER)
-
-
-def _attach(sock: SocketType, option: int, program: list[Instruction]) -> None:
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@HP", len(program), ctypes.addressof(code)))
-
-
-def _detach(sock: SocketType, option: int) -> None:
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, option, 0)
-    except OSError as error:
-        if error.errno != errno.ENOENT:  # there was none
-            raise
+    detach(sock, _SO_DETACH_REUSEPORT_BPF)
