@@ -18,8 +18,10 @@ from userspace_proxy.model import (
     ServicePort,
     ServicePortName,
     SocketKey,
+    TrafficPolicy,
     changed,
     family_of,
+    inside,
 )
 from userspace_proxy.plan import (
     Claim,
@@ -101,8 +103,9 @@ class Node:
     def check(self) -> None:
         """No client is sent where nobody listens, or to a socket of another protocol, or through an unheld port."""
         for portal, owner in self.redirects.items():
-            assert self.sockets.get(owner) is portal.protocol, portal
-            assert owner.family is portal.family
+            for target in (owner, inside(portal, owner)):
+                assert self.sockets.get(target) is portal.protocol, portal
+                assert target.family is portal.family
             if portal.kind is PortalKind.NODE_PORT:
                 assert LocalPort(portal.family, portal.protocol, portal.port) in self.claims, portal
 
@@ -158,6 +161,43 @@ class TestDesired:
         assert problem.key == key("a")
         assert "belongs to default/b:p" in problem.message
 
+    def test_policies_that_differ_have_a_socket_each(self) -> None:
+        local = dataclasses.replace(
+            service("10.96.0.1", node_port=30080),
+            load_balancer_ips=("192.0.2.1",),
+            external_policy=TrafficPolicy.LOCAL,
+        )
+        state, _ = desired({name("a"): local}, BOTH, SERVED, State())
+        cluster, outside = key("a"), key("a")._replace(policy=TrafficPolicy.LOCAL)
+        balancer = Portal(V4, TCP, "192.0.2.1", 80, PortalKind.LOAD_BALANCER_IP)
+        assert state.redirects == {cluster_ip("10.96.0.1"): cluster, balancer: outside, node_port(30080): outside}
+        assert state.sockets.keys() == {cluster, outside}
+        assert inside(node_port(30080), outside) == cluster
+
+        ranges = dataclasses.replace(local, source_ranges=("198.51.100.0/24",))
+        state, _ = desired({name("a"): ranges}, BOTH, SERVED, State())
+        assert state.redirects[balancer] == outside._replace(screened=True)
+        assert state.redirects[node_port(30080)] == outside
+        assert state.sockets.keys() == {
+            cluster,
+            outside,
+            outside._replace(screened=True),
+            cluster._replace(screened=True),  # for clients inside, who must be in the ranges too
+        }
+
+    def test_policies_that_agree_share_a_socket(self) -> None:
+        local = dataclasses.replace(A, internal_policy=TrafficPolicy.LOCAL)
+        state, _ = desired({name("a"): local}, BOTH, SERVED, State())
+        assert state.sockets.keys() == {key("a")._replace(policy=TrafficPolicy.LOCAL), key("a")}
+        only_cluster = dataclasses.replace(service("10.96.0.1"), external_policy=TrafficPolicy.LOCAL)
+        assert desired({name("a"): only_cluster}, BOTH, SERVED, State())[0].sockets.keys() == {key("a")}
+
+    def test_a_change_of_policy_does_not_lose_a_contested_place(self) -> None:
+        services = {name("a"): service("10.96.0.1", node_port=30080), name("b"): A}
+        have = want_of({name("b"): A})
+        services[name("b")] = dataclasses.replace(A, external_policy=TrafficPolicy.LOCAL)
+        assert want_of(services, have).redirects[node_port(30080)].name == name("b")
+
     def test_nothing(self) -> None:
         assert desired({}, BOTH, SERVED, State()) == (State(), [])
 
@@ -186,6 +226,12 @@ class TestPlan:
     def test_another_address_moves_no_socket(self) -> None:
         have, want = want_of({name("a"): service("10.96.0.1")}), want_of({name("a"): service("10.96.0.9")})
         assert plan(have, want) == (Replace({cluster_ip("10.96.0.9"): key("a")}),)
+
+    def test_a_policy_opens_before_it_closes(self) -> None:
+        have, local = want_of({name("a"): A}), key("a")._replace(policy=TrafficPolicy.LOCAL)
+        want = want_of({name("a"): dataclasses.replace(A, internal_policy=TrafficPolicy.LOCAL)}, have)
+        assert plan(have, want) == (Open(local, TCP), Replace(A_V4 | {cluster_ip("10.96.0.1"): local}))
+        assert plan(want, have) == (Replace(A_V4), Close(local))
 
     def test_rename_passes_the_claim_on(self) -> None:
         have = want_of({name("a"): A})
@@ -273,6 +319,9 @@ def small_worlds(ips: tuple[str, ...]) -> st.SearchStrategy[Services]:
             node_port=st.sampled_from([0, 0, 30080, 30081]),
             external_ips=st.lists(st.sampled_from(ips), max_size=2).map(tuple),
             load_balancer_ips=st.lists(st.sampled_from(ips), max_size=2).map(tuple),
+            internal_policy=st.sampled_from(TrafficPolicy),
+            external_policy=st.sampled_from(TrafficPolicy),
+            source_ranges=st.sampled_from([(), ("192.0.2.0/24",)]),
         ),
     )
 

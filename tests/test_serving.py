@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 import math
@@ -17,7 +18,20 @@ import pytest
 
 from userspace_proxy.config import PortRange
 from userspace_proxy.metrics import Metrics, Outcome
-from userspace_proxy.model import Endpoint, IPFamily, Protocol, ServicePort, ServicePortName, SocketKey
+from userspace_proxy.model import (
+    Endpoint,
+    IPFamily,
+    Node,
+    Portal,
+    PortalKind,
+    Preference,
+    Protocol,
+    Redirect,
+    ServicePort,
+    ServicePortName,
+    SocketKey,
+    TrafficPolicy,
+)
 from userspace_proxy.plan import LocalPort
 from userspace_proxy.poller import Poller
 from userspace_proxy.serving import Problems, Serving
@@ -255,5 +269,89 @@ def test_what_is_wrong_with_every_port_is_tried_once(run: Run, monkeypatch: pyte
             assert not made.open(KEY, TCP, ())
             assert len(tries) == 1
             assert "Too many open files" in made.problems.of(KEY)[0]
+
+    run(main())
+
+
+LOCAL_KEY = KEY._replace(policy=TrafficPolicy.LOCAL)
+HERE, THERE = Endpoint("127.0.0.1", 9, node="n1"), Endpoint("127.0.0.2", 9, node="n2")
+
+
+def states(made: Serving, service: ServicePort = TCP) -> dict[str, object]:
+    return {str(row["scope"]): row["state"] for row in made.report({NAME: service})}
+
+
+@pytest.mark.parametrize("service", [TCP, UDP])
+def test_a_local_scope_serves_keeps_silent_or_refuses(run: Run, service: ServicePort) -> None:
+    async def main() -> None:
+        with serving() as made:
+            assert made.open(KEY, service, ())
+            assert made.open(LOCAL_KEY, service, ())
+            cluster, local = made.served[KEY].balancer, made.served[LOCAL_KEY].balancer
+            for endpoints, state in (((HERE, THERE), "serving"), ((THERE,), "silent"), ((), "refusing")):
+                made.follow({NAME: endpoints}, Node("n1"))
+                made.catch_up(9)
+                assert set(cluster.endpoints) == {e.address for e in endpoints}
+                assert set(local.endpoints) == {e.address for e in endpoints if e.node == "n1"}
+                assert states(made, service) == {"": "serving" if endpoints else "refusing", "local endpoints": state}
+
+    run(main())
+
+
+def test_another_node_or_zone_has_other_endpoints(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            service = dataclasses.replace(TCP, preference=Preference.ZONE)
+            assert made.open(KEY, service, ())
+            endpoints = {
+                NAME: tuple(Endpoint(f"127.0.0.{number}", 9, zone=zone) for number, zone in enumerate("ab", 1))
+            }
+            for node, ips in (
+                (None, {"127.0.0.1", "127.0.0.2"}),
+                (Node("n", "a"), {"127.0.0.1"}),
+                (Node("n", "b"), {"127.0.0.2"}),
+            ):
+                made.follow(endpoints, node)
+                made.catch_up(9)
+                assert {ip for ip, _ in made.served[KEY].balancer.endpoints} == ips
+            made.follow(endpoints, Node("n", "b", leaving=True))
+            assert not made.catch_up(0), "nothing to do"
+            # And when the Service changes its mind.
+            made.adopt([NAME], {NAME: TCP})
+            assert len(made.served[KEY].balancer.endpoints) == 2
+
+    run(main())
+
+
+def test_scopes_count_together(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            made.follow({NAME: (HERE, THERE)}, Node("n1"))
+            assert made.open(KEY, TCP, ())
+            assert made.open(LOCAL_KEY, TCP, ())
+            cluster, local = made.served[KEY], made.served[LOCAL_KEY]
+            counts = cluster.socket.metrics  # type: ignore[attr-defined]
+            assert local.socket.metrics is counts  # type: ignore[attr-defined]
+            cluster.balancer.affinity_hits, local.balancer.affinity_hits = 2, 3
+            assert counts.affinity_hits() == 5
+            made.close(LOCAL_KEY)
+            assert counts.affinity_hits() == 2
+            made.problems.note(LOCAL_KEY, "trouble")
+            assert made.problems.of(KEY) == ["trouble"]
+
+    run(main())
+
+
+def test_what_brings_clients_to_their_sockets(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            assert made.open(KEY, TCP, ())
+            assert made.open(LOCAL_KEY, TCP, ())
+            ports = {key: served.socket.port for key, served in made.served.items()}
+            portal = Portal(V4, Protocol.TCP, "", 30080, PortalKind.NODE_PORT)
+            outside = made.redirect(portal, LOCAL_KEY)
+            assert outside == Redirect(portal, ports[LOCAL_KEY], NAME, ports[KEY])
+            assert made.target(outside) == LOCAL_KEY
+            assert made.redirect(portal, KEY) == Redirect(portal, ports[KEY], NAME)
 
     run(main())

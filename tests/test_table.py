@@ -11,6 +11,7 @@ def row(name: str, **more: Any) -> dict[str, Any]:
         "name": name,
         "port": "",
         "family": "IPv4",
+        "scope": "",
         "protocol": "TCP",
         "clusterIPs": ["127.96.0.10:80"],
         "externalIPs": [],
@@ -77,3 +78,10 @@ def test_nothing_to_try_where_nothing_speaks_http() -> None:
 
 def test_no_service_ports_at_all() -> None:
     assert "no service ports yet" in render([], captured=True)
+
+
+def test_a_scope_is_named_and_silence_is_told() -> None:
+    rows = [row("a"), row("a", scope="local endpoints", endpoints=[], state="silent")]
+    text = render(rows, captured=True)
+    assert "default/a (local endpoints)" in text
+    assert "none on this node: clients hear nothing" in text

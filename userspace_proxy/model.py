@@ -64,6 +64,23 @@ DEFAULT_AFFINITY_TIMEOUT = 10800.0
 """Seconds a client stays with its endpoint where `timeoutSeconds` is not given (Kubernetes: 3 hours)."""
 
 
+class TrafficPolicy(enum.StrEnum):
+    """Which endpoints clients are sent to: any, or only those on this node."""
+
+    CLUSTER = "Cluster"
+    LOCAL = "Local"
+
+    __hash__ = str.__hash__
+
+
+class Preference(enum.StrEnum):
+    """What `trafficDistribution` asks for, where endpoints carry no hints: those in this zone, or on this node."""
+
+    NONE = ""
+    ZONE = "zone"
+    NODE = "node"
+
+
 class ServicePortName(NamedTuple):
     """The key of everything: one named port of one Service. The port's name is empty where it has none."""
 
@@ -77,13 +94,31 @@ class ServicePortName(NamedTuple):
 
 
 class SocketKey(NamedTuple):
-    """One proxy socket: a service port in one address family."""
+    """One proxy socket: a service port in one address family, in one scope.
+
+    The scope is what tells sockets of one service port apart: which endpoints its clients may be sent to, and which
+    clients may come at all. Most service ports have one socket, in the widest scope.
+    """
 
     name: ServicePortName
     family: IPFamily
+    policy: TrafficPolicy = TrafficPolicy.CLUSTER
+    screened: bool = False
+    """Whether it hears only clients from the Service's source ranges."""
+
+    @property
+    def base(self) -> SocketKey:
+        """The same for all scopes."""
+        return SocketKey(self.name, self.family)
+
+    @property
+    def scope(self) -> str:
+        """As people are shown it; empty for the widest."""
+        local = "local endpoints" if self.policy is TrafficPolicy.LOCAL else ""
+        return ", ".join(filter(None, (local, "source ranges" if self.screened else "")))
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.family.value})"
+        return f"{self.name} ({', '.join(filter(None, (self.family.value, self.scope)))})"
 
 
 Place = tuple[IPFamily, Protocol, str, int]
@@ -127,6 +162,8 @@ class Redirect(NamedTuple):
     portal: Portal
     proxy_port: int
     owner: ServicePortName
+    inside_port: int = 0
+    """The proxy port for clients inside: on this node, or a pod. 0: the same as for all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +179,17 @@ class ServicePort:
     load_balancer_ips: tuple[str, ...] = ()
     affinity: SessionAffinity = SessionAffinity.NONE
     affinity_timeout: float = DEFAULT_AFFINITY_TIMEOUT
+    internal_policy: TrafficPolicy = TrafficPolicy.CLUSTER
+    """For clients of cluster IPs."""
+    external_policy: TrafficPolicy = TrafficPolicy.CLUSTER
+    """For clients from outside, who come by all other portals."""
+    source_ranges: tuple[str, ...] = ()
+    """Networks that clients of load-balancer IPs must be in; empty: no matter which."""
+    health_check_node_port: int = 0
+    """Of the whole Service: where load balancers ask whether this node has endpoints; 0: nowhere."""
+    publish_not_ready: bool = False
+    """Endpoints take clients whether they are ready or not."""
+    preference: Preference = Preference.NONE
 
     @property
     def families(self) -> tuple[IPFamily, ...]:
@@ -164,6 +212,21 @@ class ServicePort:
             portals.append(Portal(family, self.protocol, "", self.node_port, PortalKind.NODE_PORT))
         return tuple(portals)
 
+    def key(self, name: ServicePortName, portal: Portal) -> SocketKey:
+        """The proxy socket for clients of a portal; those from inside may have another one, see `inside`."""
+        if portal.kind is PortalKind.CLUSTER_IP:
+            return SocketKey(name, portal.family, self.internal_policy)
+        screened = portal.kind is PortalKind.LOAD_BALANCER_IP and bool(self.source_ranges)
+        return SocketKey(name, portal.family, self.external_policy, screened)
+
+
+def inside(portal: Portal, key: SocketKey) -> SocketKey:
+    """The socket for clients inside of a portal that `key` serves.
+
+    The external policy is about where load balancers send clients, so it does not concern those who are inside already.
+    """
+    return key if portal.kind is PortalKind.CLUSTER_IP else key._replace(policy=TrafficPolicy.CLUSTER)
+
 
 Address = tuple[str, int]
 """An endpoint as socket calls take it."""
@@ -178,6 +241,17 @@ class Endpoint:
     ready: bool = True
     serving: bool = True
     terminating: bool = False
+    node: str = ""
+    """The name of the node it runs on; empty: not told."""
+    zone: str = ""
+    zone_hints: tuple[str, ...] = ()
+    """Zones whose clients it is meant for; empty: not told."""
+    node_hints: tuple[str, ...] = ()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes clients, if only as long as there is no better one."""
+        return self.ready or (self.serving and self.terminating)
 
     @property
     def address(self) -> Address:
@@ -193,6 +267,8 @@ class Node:
 
     name: str
     zone: str = ""
+    leaving: bool = False
+    """It is being deleted, or about to be by an autoscaler."""
 
 
 @dataclass(frozen=True, slots=True)

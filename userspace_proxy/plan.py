@@ -37,6 +37,7 @@ from userspace_proxy.model import (
     ServicePort,
     ServicePortName,
     SocketKey,
+    inside,
 )
 
 
@@ -70,7 +71,7 @@ class State:
     claims: AbstractSet[LocalPort] = frozenset()
     """Node ports held by a bound socket."""
     redirects: Mapping[Portal, SocketKey] = field(default_factory=dict)
-    """What the capture sends where; each place once."""
+    """What the capture sends where; each place once. It implies which socket is for clients `inside`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def desired(
     """
     sockets: dict[SocketKey, Protocol] = {}
     asked: dict[SocketKey, tuple[Portal, ...]] = {}
+    """By the service port in its family: who owns a place does not lose it by a change of scope."""
     problems: list[Problem] = []
     for name, service in services.items():
         for family in service.families:
@@ -135,9 +137,13 @@ def desired(
             elif service.protocol not in protocols:
                 problems.append(Problem(key, _not_served("protocol", service.protocol, protocols)))
             else:
-                sockets[key] = service.protocol
-                asked[key] = service.portals(family)
-    redirects, conflicts = ports.assign(asked, have.redirects)
+                portals = asked[key] = service.portals(family)
+                for portal in portals:
+                    scoped = service.key(name, portal)
+                    sockets[scoped] = sockets[inside(portal, scoped)] = service.protocol
+    owned = {portal: key.base for portal, key in have.redirects.items()}
+    owners, conflicts = ports.assign(asked, owned)
+    redirects = {portal: services[owner.name].key(owner.name, portal) for portal, owner in owners.items()}
     problems += (Problem(conflict.wanted_by, str(conflict)) for conflict in conflicts)
     claims = frozenset(_claim(portal) for portal in redirects if portal.kind is PortalKind.NODE_PORT)
     return State(sockets, claims, redirects), problems
@@ -151,11 +157,16 @@ def _claim(portal: Portal) -> LocalPort:
     return LocalPort(portal.family, portal.protocol, portal.port)
 
 
+def targets(redirects: Mapping[Portal, SocketKey]) -> set[SocketKey]:
+    """All sockets that clients are sent to, those for clients inside included."""
+    return {*redirects.values(), *(inside(portal, key) for portal, key in redirects.items())}
+
+
 def plan(have: State, want: State) -> tuple[Step, ...]:
     """The steps from one state to another, in the safe order; none if they are equal."""
     opened = [key for key, protocol in want.sockets.items() if have.sockets.get(key) is not protocol]
     # A key that is redirected to must not be opened under its redirect: it will have another proxy port.
-    redirected = set(have.redirects.values()) if opened else set()
+    redirected = targets(have.redirects) if opened else set()
     renewed = {key for key in opened if key in have.sockets or key in redirected}
     redirects = have.redirects
 
@@ -163,7 +174,9 @@ def plan(have: State, want: State) -> tuple[Step, ...]:
     steps: list[Step] = [Open(key, want.sockets[key]) for key in opened if key not in renewed]
     steps += (Claim(place) for place in want.claims if place not in have.claims)
     if not renewed.isdisjoint(redirected):
-        redirects = {portal: key for portal, key in want.redirects.items() if key not in renewed}
+        redirects = {
+            portal: key for portal, key in want.redirects.items() if renewed.isdisjoint((key, inside(portal, key)))
+        }
         steps.append(Replace(redirects))
     for key in opened:
         if key in renewed:
@@ -188,7 +201,9 @@ def without(step: Replace, unopened: Collection[SocketKey], unclaimed: Collectio
         {
             portal: key
             for portal, key in step.redirects.items()
-            if key not in unopened and not (portal.kind is PortalKind.NODE_PORT and _claim(portal) in unclaimed)
+            if key not in unopened
+            and inside(portal, key) not in unopened
+            and not (portal.kind is PortalKind.NODE_PORT and _claim(portal) in unclaimed)
         }
     )
 

@@ -35,13 +35,13 @@ from userspace_proxy.model import (
     IPFamily,
     Portal,
     Protocol,
-    Redirect,
     ServicePort,
     ServicePortName,
     Snapshot,
     SocketKey,
     changed,
     family_of,
+    inside,
 )
 from userspace_proxy.plan import (
     Claim,
@@ -160,7 +160,7 @@ class Proxier:
         if before is None or services:
             self._changed |= services
             self._mark_due()
-        self._serving.follow(snapshot.endpoints)
+        self._serving.follow(snapshot.endpoints, snapshot.node)
         if not self._catching_up:
             self._catch_up()
 
@@ -271,7 +271,7 @@ class Proxier:
         have = State(
             {key: self._serving.served[key].service.protocol for key in self._serving.keys(part.names)},
             {local for place in part.places if (local := LocalPort.of(place)) in self._serving.claims},
-            {redirect.portal: SocketKey(redirect.owner, redirect.portal.family) for redirect in found},
+            {redirect.portal: self._serving.target(redirect) for redirect in found},
         )
         concerned = {name: services[name] for name in sorted(part.names) if name in services}
         want, problems = desired(concerned, self._bind, self._protocols, have)
@@ -324,10 +324,11 @@ class Proxier:
         wanted: defaultdict[SocketKey, set[Portal]] = defaultdict(set)
         for portal, key in portals.items():
             wanted[key].add(portal)
+            wanted[inside(portal, key)].add(portal)
         changing = [key for key in serving.keys(part.names) if served[key].admitted != wanted.get(key, frozenset())]
         for key in changing:
             serving.admit(key, served[key].admitted | wanted.get(key, set()))
-        redirects = [Redirect(portal, served[key].socket.port, key.name) for portal, key in portals.items()]
+        redirects = [serving.redirect(portal, key) for portal, key in portals.items()]
         if not await self._captured.exchange(part.places, redirects):
             return False
         for key in changing:

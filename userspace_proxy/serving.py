@@ -22,19 +22,24 @@ from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, ServicePortMetrics
 from userspace_proxy.model import (
+    Address,
     Endpoint,
     IPFamily,
+    Node,
     Place,
     Portal,
     Protocol,
+    Redirect,
     ServicePort,
     ServicePortName,
     SocketKey,
     changed,
     family_of,
+    inside,
     join_host_port,
 )
 from userspace_proxy.plan import LocalPort, OwnPlaces
+from userspace_proxy.policy import NOWHERE, eligible, is_silent, sources
 from userspace_proxy.ports import ProxyPorts
 from userspace_proxy.sockets.base import ProxySocket, ProxySockets, claim
 
@@ -51,7 +56,10 @@ _KIND = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 
 
 class Problems:
-    """What is wrong with which service port; logged when it is new, kept for /services while it lasts."""
+    """What is wrong with which service port; logged when it is new, kept for /services while it lasts.
+
+    Of the keys the scope does not matter: what is wrong concerns the service port in its family.
+    """
 
     def __init__(self) -> None:
         self._now: dict[SocketKey, list[str]] = {}
@@ -66,6 +74,7 @@ class Problems:
         self._before = {key: self._now.pop(key) for key in keys if key in self._now}
 
     def note(self, key: SocketKey, message: str) -> None:
+        key = key.base
         found = self._now.setdefault(key, [])
         if message in found:
             return
@@ -74,7 +83,7 @@ class Problems:
             logger.warning("%s: %s", key.name, message)
 
     def of(self, key: SocketKey) -> list[str]:
-        return list(self._now.get(key, ()))
+        return list(self._now.get(key.base, ()))
 
 
 @dataclass(slots=True)
@@ -87,6 +96,8 @@ class Served:
     admitted: frozenset[Portal] = frozenset()
     own: tuple[Endpoint, ...] = ()
     """Endpoints left out because they are places of ours: dialled, they would dial us."""
+    silent: bool = False
+    """Clients hear nothing, since the endpoints that there are may not be had here."""
 
 
 class Serving:
@@ -121,7 +132,9 @@ class Serving:
         self._rng = rng
         self._proxy_ports = ProxyPorts(port_range, rng)
         self._keys: defaultdict[ServicePortName, list[SocketKey]] = defaultdict(list)
+        self._by_port: dict[int, SocketKey] = {}
         self._endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]] = {}
+        self._node = NOWHERE
         self._late: deque[ServicePortName] = deque()
         """Whose endpoints changed, and who has not been told of it yet."""
         self._own = OwnPlaces(host.is_local_address)
@@ -133,12 +146,23 @@ class Serving:
         """The open sockets of these service ports."""
         return (key for name in names for key in self._keys.get(name, ()))
 
+    def redirect(self, portal: Portal, key: SocketKey) -> Redirect:
+        """What brings the clients of a portal to the open socket `key`, and those inside to theirs."""
+        port, inside_port = (self.served[each].socket.port for each in (key, inside(portal, key)))
+        return Redirect(portal, port, key.name, 0 if inside_port == port else inside_port)
+
+    def target(self, redirect: Redirect) -> SocketKey:
+        """The socket that a redirect leads to."""
+        return self._by_port.get(redirect.proxy_port) or SocketKey(redirect.owner, redirect.portal.family)
+
     # -- endpoints
 
-    def follow(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> None:
-        """Take over all endpoints. Whose changed is told by `catch_up`."""
-        self._late.extend(changed(self._endpoints, endpoints))
-        self._endpoints = endpoints
+    def follow(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]], node: Node | None = None) -> None:
+        """Take over all endpoints, and which node this is. Whose changed is told by `catch_up`."""
+        node = node or NOWHERE
+        moved = (node.name, node.zone) != (self._node.name, self._node.zone)
+        self._late.extend(self._keys if moved else changed(self._endpoints, endpoints))
+        self._endpoints, self._node = endpoints, node
 
     def catch_up(self, most: int) -> bool:
         """Give up to so many service ports their new endpoints; say whether others are still waiting."""
@@ -171,20 +195,20 @@ class Serving:
         self._own_changed = False
         for number, key in enumerate(list(self.served), 1):
             served = self.served.get(key)
-            if served is not None and self._own_among(key, served, self._endpoints_of(key)) != served.own:
+            if served is not None and self._own_among(key, served, self._eligible(key, served)) != served.own:
                 self._update(key, served)
             if number % SLICE == 0:
                 yield
 
-    def _endpoints_of(self, key: SocketKey) -> tuple[Endpoint, ...]:
-        return tuple(e for e in self._endpoints.get(key.name, ()) if family_of(e.ip) is key.family)
+    def _eligible(self, key: SocketKey, served: Served) -> tuple[Endpoint, ...]:
+        return eligible(self._endpoints.get(key.name, ()), key, served.service, self._node)
 
     def _own_among(self, key: SocketKey, served: Served, endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
         return self._own.among(key, served.service.protocol, endpoints)
 
     def _update(self, key: SocketKey, served: Served) -> None:
-        """Bring the balancer up to date, and serve or refuse accordingly."""
-        endpoints = self._endpoints_of(key)
+        """Bring the balancer up to date, and serve, refuse or keep silent accordingly."""
+        endpoints = self._eligible(key, served)
         own = self._own_among(key, served, endpoints)
         if own and own != served.own:
             logger.warning(
@@ -195,8 +219,11 @@ class Serving:
             )
         served.own = own
         served.balancer.update([e for e in endpoints if e not in own] if own else endpoints)
+        known = self._endpoints.get(key.name, ())
+        served.silent = not served.balancer.endpoints and is_silent(known, key, served.service)
         try:
-            if served.balancer.endpoints:
+            served.socket.screen(() if served.silent else sources(key, served.service))
+            if served.balancer.endpoints or served.silent:
                 served.socket.serve()
             else:
                 served.socket.refuse()
@@ -215,6 +242,7 @@ class Serving:
                 continue
             served.balancer.configure(service.affinity, service.affinity_timeout)
             served.service = service
+            self._update(key, served)
             logger.info("%s: changed: %s", key.name, _portals(service, key.family))
 
     def open(self, key: SocketKey, service: ServicePort, avoid: Container[int]) -> bool:
@@ -223,25 +251,34 @@ class Serving:
         balancer = LoadBalancer(
             self._clock, self._rng, service.affinity, service.affinity_timeout, max_ejection=self._max_ejection
         )
-        metrics = self._metrics.service_port(key, protocol.value)
+        metrics = self._metrics.service_port(key.base, protocol.value)
         try:
             proxy_socket = self._open_somewhere(key, protocol, avoid, balancer, metrics)
         except PortError as error:
             self.problems.note(key, str(error))
-            self._metrics.drop(key)
+            self._drop_metrics(key)
             return False
         self._proxy_ports.take(proxy_socket.port)
-        metrics.affinity_hits = lambda: balancer.affinity_hits
-        metrics.ejected = lambda: len(balancer.ejected)
-        metrics.ejections = lambda: balancer.ejections
+        metrics.affinity_hits = lambda: sum(each.balancer.affinity_hits for each in self._scopes(key))
+        metrics.ejected = lambda: len(set[Address]().union(*(each.balancer.ejected for each in self._scopes(key))))
+        metrics.ejections = lambda: sum(each.balancer.ejections for each in self._scopes(key))
         served = self.served[key] = Served(service, proxy_socket, balancer)
         self._keys[key.name].append(key)
+        self._by_port[proxy_socket.port] = key
         proxy_socket.admit(None if self._strangers else ())
         self.own([_proxy_place(key, served)])
         self._update(key, served)
         where = _portals(service, key.family)
         logger.info("%s: opened on proxy port %d/%s for %s", key.name, proxy_socket.port, protocol, where)
         return True
+
+    def _scopes(self, key: SocketKey) -> Iterator[Served]:
+        """All open sockets of a service port in a family; they count together."""
+        return (self.served[each] for each in self._keys.get(key.name, ()) if each.base == key.base)
+
+    def _drop_metrics(self, key: SocketKey) -> None:
+        if not any(self._scopes(key)):
+            self._metrics.drop(key.base)
 
     def _open_somewhere(
         self,
@@ -279,10 +316,11 @@ class Serving:
         if not self._keys[key.name]:
             del self._keys[key.name]
         self.failed.discard(key)
+        self._by_port.pop(served.socket.port, None)
         self.own((), no_more=[_proxy_place(key, served)])
         served.socket.close()
         self._proxy_ports.release(served.socket.port)
-        self._metrics.drop(key)
+        self._drop_metrics(key)
         logger.info("%s: closed proxy port %d/%s", key.name, served.socket.port, served.service.protocol)
 
     # -- node ports
@@ -349,7 +387,8 @@ class Serving:
         return [
             _row(key, service, self.served.get(key), self.problems.of(key))
             for name, service in sorted(services.items())
-            for key in (SocketKey(name, family) for family in service.families)
+            for family in service.families
+            for key in sorted(k for k in self._keys.get(name, ()) if k.family is family) or [SocketKey(name, family)]
         ]
 
 
@@ -360,6 +399,7 @@ def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: 
         "name": key.name.name,
         "port": key.name.port,
         "family": key.family.value,
+        "scope": key.scope,
         "protocol": service.protocol.value,
         "clusterIPs": [join_host_port(ip, service.port) for ip in service.cluster_ips if family_of(ip) is key.family],
         "externalIPs": [
@@ -372,7 +412,7 @@ def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: 
         "affinity": service.affinity.value,
         "endpoints": [join_host_port(*address) for address in endpoints],
         "ejected": [join_host_port(*address) for address in served.balancer.ejected] if served else [],
-        "state": ("serving" if endpoints else "refusing") if served else "down",
+        "state": ("serving" if endpoints else "silent" if served.silent else "refusing") if served else "down",
         "problems": list(problems),
     }
 

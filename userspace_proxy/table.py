@@ -10,6 +10,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+_NO_ENDPOINTS = {"refusing": "none: clients are refused", "silent": "none on this node: clients hear nothing"}
 _HEADINGS = ("SERVICE PORT", "ADDRESS", "EXTERNAL", "NODE PORT", "PROXY PORT", "ENDPOINTS")
 
 
@@ -29,7 +30,8 @@ def render(rows: Sequence[Row], *, captured: bool) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     name = f"{row['namespace']}/{row['name']}" + (f":{row['port']}" if row["port"] else "")
-    endpoints = ", ".join(row["endpoints"]) or ("none: clients are refused" if row["state"] != "down" else "")
+    name += f" ({row['scope']})" if row["scope"] else ""
+    endpoints = ", ".join(row["endpoints"]) or _NO_ENDPOINTS.get(row["state"], "")
     return (
         name,
         ", ".join(f"{address}/{row['protocol']}" for address in row["clusterIPs"]),

@@ -30,7 +30,7 @@ def ask(
 
 
 def opening(family: IPFamily = IPFamily.IPV4, **fields: object) -> Open:
-    ordinary = Open(family, family.wildcard, (), use_library=True, take_over=True)
+    ordinary = Open(family, family.wildcard, (), (), use_library=True, take_over=True)
     return msgspec.structs.replace(ordinary, **fields)
 
 

@@ -14,7 +14,7 @@ REDIRECT = Redirect(
 @pytest.mark.parametrize(
     "request_",
     [
-        Open(IPFamily.IPV4, "0.0.0.0", ("10.0.0.0/8",), use_library=True, take_over=True),
+        Open(IPFamily.IPV4, "0.0.0.0", ("10.0.0.0/8",), ("10.1.0.0/16",), use_library=True, take_over=True),
         Replace((REDIRECT,)),
         Withdraw(),
         Close(),

@@ -100,6 +100,43 @@ def test_node_ports_are_captured_on_the_addresses_asked_for(family, cidrs, desti
     assert bool(rendered["filter"].chains[rules.NODEPORT_NON_LOCAL]) is bool(destinations)
 
 
+INSIDE4 = Scope(V4, "0.0.0.0", (), ("10.1.0.0/16", "fd00:1::/64", "10.2.0.0/16"))
+
+
+def to(port):
+    return f"-j REDIRECT --to-ports {port}"
+
+
+@pytest.mark.parametrize(
+    ("scope", "sources"),
+    [(INSIDE4, ("-s 10.1.0.0/16 ", "-s 10.2.0.0/16 ")), (Scope(V4, "0.0.0.0", (), ("fd00::/64",)), ()), (SCOPE4, ())],
+)
+def test_clients_inside_have_a_proxy_port_of_their_own(scope, sources):
+    balancer = redirect("192.0.2.1", kind=PortalKind.LOAD_BALANCER_IP)._replace(inside_port=40009)
+    chains = nat([balancer], scope)
+    start = f"-d 192.0.2.1/32 {START} 80 "
+    assert chains[rules.PORTALS_CONTAINER] == (
+        *(f"{source}{start}{to(40009)}" for source in sources),
+        f"{start}{to(40001)}",
+    )
+    assert chains[rules.PORTALS_HOST] == (f"{start}{to(40009)}",)
+    assert rules.places(chains) == {(Protocol.TCP, "192.0.2.1", 80)}
+
+
+def test_clients_inside_of_a_node_port():
+    node_port = redirect(kind=PortalKind.NODE_PORT, port=30080)._replace(inside_port=40009)
+    rendered = rules.render([node_port], Scope(V4, "0.0.0.0", ("10.0.0.0/8",), ("10.1.0.0/16",)))
+    chains = rendered["nat"].chains
+    assert chains[rules.NODEPORT_CONTAINER] == (
+        f"-s 10.1.0.0/16 -d 10.0.0.0/8 {START} 30080 {to(40009)}",
+        f"-d 10.0.0.0/8 {START} 30080 {to(40001)}",
+    )
+    assert chains[rules.NODEPORT_HOST] == (f"-d 10.0.0.0/8 {START} 30080 {to(40009)}",)
+    assert rendered["filter"].chains[rules.NODEPORT_NON_LOCAL] == tuple(
+        f"{START} {port} -m state --state NEW -j ACCEPT" for port in (40001, 40009)
+    )
+
+
 def test_jumps_are_those_of_the_userspace_mode():
     rendered = rules.render([], SCOPE4)
     portals = '-m comment --comment "handle ClusterIPs; NOTE: this must be before the NodePort rules" -j '

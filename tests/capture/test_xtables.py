@@ -43,8 +43,8 @@ def mixed(family):
     )
 
 
-def rendered(redirects, family, bind="", cidrs=()):
-    scope = rules.Scope(family, bind or family.wildcard, cidrs)
+def rendered(redirects, family, bind="", cidrs=(), inside=()):
+    scope = rules.Scope(family, bind or family.wildcard, cidrs, inside)
     tables = rules.render(redirects, scope).values()
     return {chain: list(texts) for table in tables for chain, texts in table.chains.items()}
 
@@ -74,6 +74,18 @@ def test_the_kernel_holds_what_was_rendered_and_it_reads_back_the_same(node, fam
     assert (disorderly.added, disorderly.removed, disorderly.repaired) == (0, 10, 0)
     ask(node, start, Replace(mixed(family)), **how)
     assert chains_of(node, family) == rendered(mixed(family), family)
+
+
+@pytest.mark.parametrize(("how", "use_library"), WAYS)
+@pytest.mark.parametrize(
+    ("family", "inside"), [(IPFamily.IPV4, ("10.1.0.0/16", "0.0.0.0/0")), (IPFamily.IPV6, ("fd00:1::/64",))]
+)
+def test_rules_for_clients_inside_read_back_the_same(node, how, use_library, family, inside):
+    start = opening(family, use_library=use_library, inside=inside)
+    redirects = tuple(each._replace(inside_port=40009) for each in mixed(family))
+    _, _, again = ask(node, start, Replace(redirects), Replace(redirects), **how)
+    assert again.repaired == 0
+    assert chains_of(node, family) == rendered(redirects, family, inside=inside)
 
 
 @pytest.mark.parametrize(("how", "use_library"), WAYS)

@@ -5,7 +5,15 @@ import copy
 import pytest
 
 from userspace_proxy.exceptions import ObjectError
-from userspace_proxy.model import Endpoint, Protocol, ServicePort, ServicePortName, SessionAffinity
+from userspace_proxy.model import (
+    Endpoint,
+    Preference,
+    Protocol,
+    ServicePort,
+    ServicePortName,
+    SessionAffinity,
+    TrafficPolicy,
+)
 from userspace_proxy.sources.objects import Identity, Service, decode, identify, is_other_kind, unpack
 
 
@@ -304,3 +312,99 @@ def test_identify_gives_none_where_it_cannot_tell(value):
 
 def test_identify_tells_even_of_what_will_be_refused():
     assert identify({"kind": "Service", "metadata": {"name": "Bad"}}) == Identity("Service", "default", "Bad")
+
+
+def test_policies_and_what_goes_with_them():
+    value = service()
+    value["spec"] = {
+        "type": "LoadBalancer",
+        "clusterIP": "10.96.0.1",
+        "ports": [{"name": "http", "port": 80, "nodePort": 30080}],
+        "internalTrafficPolicy": "Local",
+        "externalTrafficPolicy": "Local",
+        "loadBalancerSourceRanges": [" 192.0.2.0/24", "2001:DB8::/32", "192.0.2.9/24"],
+        "healthCheckNodePort": 30100,
+        "publishNotReadyAddresses": True,
+        "trafficDistribution": "PreferClose",
+    }
+    assert only(value) == ServicePort(
+        Protocol.TCP,
+        80,
+        ("10.96.0.1",),
+        30080,
+        internal_policy=TrafficPolicy.LOCAL,
+        external_policy=TrafficPolicy.LOCAL,
+        source_ranges=("192.0.2.0/24", "2001:db8::/32"),
+        health_check_node_port=30100,
+        publish_not_ready=True,
+        preference=Preference.ZONE,
+    )
+    value["spec"]["externalTrafficPolicy"] = "Cluster"
+    assert only(value).health_check_node_port == 0, "load balancers ask for local endpoints only"
+    value["spec"]["type"] = "NodePort"
+    assert only(value).source_ranges == (), "there is no load balancer"
+
+
+@pytest.mark.parametrize(
+    ("wish", "preference"),
+    [
+        (None, Preference.NONE),
+        ("PreferClose", Preference.ZONE),
+        ("PreferSameZone", Preference.ZONE),
+        ("PreferSameNode", Preference.NODE),
+        ("PreferSomethingOfTheFuture", Preference.NONE),
+    ],
+)
+def test_what_a_service_prefers(wish, preference):
+    value = service()
+    value["spec"]["trafficDistribution"] = wish
+    assert only(value).preference is preference
+
+
+def test_what_is_refused_of_policies():
+    value = service()
+    value["spec"] |= {
+        "type": "LoadBalancer",
+        "internalTrafficPolicy": "Nearby",
+        "externalTrafficPolicy": "Local",
+        "loadBalancerSourceRanges": ["192.0.2.0/33", 7],
+        "healthCheckNodePort": 70000,
+    }
+    assert list(problems(value)) == [
+        "spec.internalTrafficPolicy: found 'Nearby'; allowed: Cluster, Local",
+        "spec.loadBalancerSourceRanges[0]: found '192.0.2.0/33'; allowed: a network, as 192.0.2.0/24 or 2001:db8::/32",
+        "spec.loadBalancerSourceRanges[1]: found 7; allowed: a network, as 192.0.2.0/24 or 2001:db8::/32",
+        "spec.healthCheckNodePort: found 70000; allowed: a number from 0 to 65535",
+    ]
+
+
+def test_where_endpoints_are_and_whom_they_are_meant_for():
+    value = endpoint_slice(
+        endpoints=[
+            {
+                "addresses": ["10.1.0.1"],
+                "nodeName": "node-1",
+                "zone": "a",
+                "hints": {"forZones": [{"name": "a"}, {"name": "b"}], "forNodes": [{"name": "node-2"}]},
+            },
+            {"addresses": ["10.1.0.2"], "nodeName": None, "hints": {}},
+        ]
+    )
+    assert only(value) == (
+        Endpoint("10.1.0.1", 8080, node="node-1", zone="a", zone_hints=("a", "b"), node_hints=("node-2",)),
+        Endpoint("10.1.0.2", 8080),
+    )
+    old = endpoints({"addresses": [{"ip": "10.1.0.1", "nodeName": "node-1"}], "ports": [{"port": 8080}]})
+    assert only(old) == (Endpoint("10.1.0.1", 8080, node="node-1"),)
+
+
+def test_whereabouts_that_are_no_text_are_refused():
+    value = endpoint_slice(
+        endpoints=[{"addresses": ["10.1.0.1"], "nodeName": 1, "zone": True, "hints": {"forZones": [{"name": 5}, {}]}}]
+    )
+    assert list(problems(value)) == [
+        "endpoints[0].nodeName: found 1; allowed: text",
+        "endpoints[0].zone: found true; allowed: text",
+        "endpoints[0].hints.forZones[0].name: found 5; allowed: text",
+        "endpoints[0].hints.forZones[1].name: found nothing; allowed: text",
+    ]

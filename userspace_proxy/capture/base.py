@@ -3,6 +3,13 @@
 A capture owns everything it puts into the kernel (rules, routes, conntrack entries) and nothing else:
 it never touches what it did not make. It knows ports by number only; the sockets behind them are the
 proxier's business, which calls `replace` after they listen and before they close.
+
+A `Redirect` is all that there is to render: the traffic of its portal goes to `proxy_port`, unless it comes from
+*inside* and there is an `inside_port`. Inside are this node itself, whose traffic passes OUTPUT, and clients in the
+networks that the capture is given at the start (--cluster-cidr). A capture that cannot tell takes `proxy_port` for all.
+Redirects do not move with endpoints. That clients from other networks than a Service's source ranges, or clients for
+whom there is no endpoint on this node, hear nothing is seen to by the proxy sockets (`sockets.screen`), whatever the
+capture: packets must reach them with the source address they came with.
 """
 
 from __future__ import annotations

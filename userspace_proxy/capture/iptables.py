@@ -181,7 +181,7 @@ class IPTables:
     name = "iptables"
     rewrites_destination = True
 
-    def __init__(self, *, bind_address: str, nodeport_cidrs: Sequence[str] = ()) -> None:
+    def __init__(self, *, bind_address: str, nodeport_cidrs: Sequence[str] = (), inside: Sequence[str] = ()) -> None:
         """A wildcard bind address stands for both families', any other for its own family alone."""
         wildcard = bind_address in (family.wildcard for family in IPFamily)
         self._openings = {
@@ -189,6 +189,7 @@ class IPTables:
                 family=family,
                 bind_address=family.wildcard if wildcard else bind_address,
                 nodeport_cidrs=tuple(nodeport_cidrs),
+                inside=tuple(inside),
                 use_library=True,
                 take_over=True,
             )

@@ -17,6 +17,8 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     family: IPFamily
     bind_address: str
     nodeport_cidrs: tuple[str, ...]
+    inside: tuple[str, ...]
+    """Networks whose clients are inside; of either family."""
     use_library: bool
     """Whether python-iptables may be used; not after it has brought one down at the start."""
     take_over: bool

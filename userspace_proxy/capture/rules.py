@@ -55,6 +55,9 @@ _HOLD_RULE = (
 """Nobody jumps to it: that it exists is enough. With the last rule that needs conntrack, the kernel takes
 conntrack out of the namespace, and connections that are being translated freeze."""
 
+_HOST_CHAIN = {PORTALS_CONTAINER: PORTALS_HOST, NODEPORT_CONTAINER: NODEPORT_HOST}
+"""Where the redirects of a chain for clients elsewhere are for this node's own."""
+
 _COMMENT_LIMIT = 255
 _UNFIT_FOR_COMMENT = re.compile(r"[^A-Za-z0-9_./:-]")
 _KIND_ORDER = {kind: order for order, kind in enumerate(PortalKind)}
@@ -108,6 +111,14 @@ class Scope:
     """Of this family: its wildcard, or the address that proxy sockets are bound to."""
     nodeport_cidrs: tuple[str, ...] = ()
     """Of either family; empty: node ports are captured on every local address."""
+    inside: tuple[str, ...] = ()
+    """Networks whose clients are inside, like this node itself; of either family."""
+
+    @property
+    def inside_sources(self) -> tuple[str, ...]:
+        """`-s` arguments, one a rule."""
+        ours = (ipaddress.ip_network(cidr) for cidr in self.inside if family_of(cidr) is self.family)
+        return tuple(f"-s {network} " if network.prefixlen else "" for network in dict.fromkeys(ours))
 
     @property
     def nodeport_destinations(self) -> tuple[str, ...]:
@@ -128,7 +139,8 @@ def objection(redirect: Redirect, family: IPFamily) -> str:
     portal = redirect.portal
     if portal.family is not family:
         return f"it is {portal.family.value}, these rules are {family.value}"
-    for what, port in (("port", portal.port), ("proxy port", redirect.proxy_port)):
+    inside_port = redirect.inside_port or redirect.proxy_port
+    for what, port in (("port", portal.port), ("proxy port", redirect.proxy_port), ("proxy port", inside_port)):
         if not 1 <= port <= 65535:
             return f"{what} {port}: must be 1 to 65535"
     if bool(portal.ip) is (portal.kind is PortalKind.NODE_PORT):
@@ -146,7 +158,8 @@ def objection(redirect: Redirect, family: IPFamily) -> str:
 def order(redirect: Redirect) -> tuple[object, ...]:
     """Sort key: services by name; within one, cluster, external, load-balancer IPs, node port."""
     portal = redirect.portal
-    return redirect.owner, _KIND_ORDER[portal.kind], portal.ip, portal.protocol, portal.port, redirect.proxy_port
+    place = portal.ip, portal.protocol, portal.port
+    return redirect.owner, _KIND_ORDER[portal.kind], *place, redirect.proxy_port, redirect.inside_port
 
 
 def _target(scope: Scope, proxy_port: int) -> str:
@@ -157,34 +170,32 @@ def _target(scope: Scope, proxy_port: int) -> str:
 
 def render(redirects: Collection[Redirect], scope: Scope) -> Ruleset:
     """The whole of our rules for these redirects, each of which is without `objection`."""
-    portals: list[str] = []
-    node_ports: list[str] = []
+    chains: dict[str, list[str]] = {chain: [] for chain in (*_HOST_CHAIN, *_HOST_CHAIN.values())}
     non_local: list[str] = []
-    destinations = scope.nodeport_destinations
+    node_port_destinations, inside_sources = scope.nodeport_destinations, scope.inside_sources
     host_mask = 128 if scope.family is IPFamily.IPV6 else 32
     for redirect in sorted(redirects, key=order):
         portal = redirect.portal
         protocol = portal.protocol.lower()
         start = f'-p {protocol} -m comment --comment "{comment_of(redirect.owner)}" -m {protocol} --dport'
-        end = f"{portal.port} -j {_target(scope, redirect.proxy_port)}"
-        if portal.kind is not PortalKind.NODE_PORT:
-            portals.append(f"-d {portal.ip}/{host_mask} {start} {end}")
-        elif destinations:
-            node_ports.extend(f"{destination}{start} {end}" for destination in destinations)
-            # INPUT sees the packet after its translation, hence the proxy port.
-            non_local.append(f"{start} {redirect.proxy_port} -m state --state NEW -j ACCEPT")
-    portal_rules, node_port_rules = _once(portals), _once(node_ports)
+        outside = f"{start} {portal.port} -j {_target(scope, redirect.proxy_port)}"
+        inside = f"{start} {portal.port} -j {_target(scope, redirect.inside_port)}" if redirect.inside_port else outside
+        container = NODEPORT_CONTAINER if portal.kind is PortalKind.NODE_PORT else PORTALS_CONTAINER
+        destinations = (
+            node_port_destinations if portal.kind is PortalKind.NODE_PORT else (f"-d {portal.ip}/{host_mask} ",)
+        )
+        for destination in destinations:
+            if redirect.inside_port:
+                chains[container] += (f"{source}{destination}{inside}" for source in inside_sources)
+            chains[container].append(f"{destination}{outside}")
+            chains[_HOST_CHAIN[container]].append(f"{destination}{inside}")
+        if portal.kind is PortalKind.NODE_PORT and destinations:
+            # INPUT sees the packet after its translation, hence the proxy ports.
+            ports = filter(None, (redirect.proxy_port, redirect.inside_port))
+            non_local += (f"{start} {port} -m state --state NEW -j ACCEPT" for port in ports)
     return {
         "filter": TableRules({NODEPORT_NON_LOCAL: _once(non_local), HOLD: (_HOLD_RULE,)}, _FILTER_JUMPS),
-        "nat": TableRules(
-            {
-                PORTALS_CONTAINER: portal_rules,
-                PORTALS_HOST: portal_rules,
-                NODEPORT_CONTAINER: node_port_rules,
-                NODEPORT_HOST: node_port_rules,
-            },
-            _NAT_JUMPS,
-        ),
+        "nat": TableRules({chain: _once(texts) for chain, texts in chains.items()}, _NAT_JUMPS),
     }
 
 
@@ -207,7 +218,9 @@ def _once(texts: Iterable[str]) -> tuple[str, ...]:
 # Reading back
 
 _MIXED_NOTATION = re.compile(r"(?<=-d )[0-9a-f:]*:\d+\.\d+\.\d+\.\d+(?=/)")
-_PORTAL_RULE = re.compile(r"(?:-d ([0-9a-f.:]+)/(?:32|128) )?-p (tcp|udp|sctp) .*--dport (\d+) -j (?:REDIRECT|DNAT) ")
+_PORTAL_RULE = re.compile(
+    r"(?:-s \S+ )?(?:-d ([0-9a-f.:]+)/(?:32|128) )?-p (tcp|udp|sctp) .*--dport (\d+) -j (?:REDIRECT|DNAT) "
+)
 
 
 def parse(saved: str) -> dict[str, list[str]]:

@@ -35,7 +35,7 @@ class FamilyCapture:
     """Rules, routes and conntrack entries of one family, from `open` to `close`."""
 
     def __init__(self, request: Open) -> None:
-        self._scope = Scope(request.family, request.bind_address, request.nodeport_cidrs)
+        self._scope = Scope(request.family, request.bind_address, request.nodeport_cidrs, request.inside)
         self._tables = Tables(request.family, use_library=request.use_library)
         self._routes = Routes(request.family)
         self._left: dict[str, TableRules] = dict(rules.NOTHING)

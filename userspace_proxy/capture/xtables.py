@@ -183,6 +183,8 @@ class Library:
             argument = next(words)
             if option == "-d":
                 rule.dst = argument
+            elif option == "-s":
+                rule.src = argument
             elif option == "-p":
                 rule.protocol = argument
             elif option == "-m":
@@ -216,10 +218,10 @@ class Library:
 
     def _text(self, rule: typing.Any) -> str:
         """What iptables-save writes for a rule such as ours, and something else for any other."""
-        words = [f"-s {rule.src}"] if ipaddress.ip_network(rule.src.lstrip("!"), strict=False).prefixlen else []
-        inverted = "! " if rule.dst.startswith("!") else ""
-        if (destination := ipaddress.ip_network(rule.dst.lstrip("!"), strict=False)).prefixlen:
-            words.append(f"{inverted}-d {destination}")
+        words = []
+        for option, address in (("-s", rule.src), ("-d", rule.dst)):
+            if (network := ipaddress.ip_network(address.lstrip("!"), strict=False)).prefixlen:
+                words.append(f"{'! ' if address.startswith('!') else ''}{option} {network}")
         words += [
             f"{option} {name}" for option, name in (("-i", rule.in_interface), ("-o", rule.out_interface)) if name
         ]

@@ -116,6 +116,16 @@ class Check:
             self._refuse_local(field, value, ip, loopback=not self._allow_loopback)
         return str(ip or "")
 
+    def network(self, field: str, value: object) -> str:
+        """A network, with or without bits set beyond its mask; blanks around it have always been taken."""
+        try:
+            if not isinstance(value, str):
+                raise ValueError(value)
+            return str(ipaddress.ip_network(value.strip(), strict=False))
+        except ValueError:
+            self.refuse(field, value, "a network, as 192.0.2.0/24 or 2001:db8::/32")
+            return "0.0.0.0/32"
+
     def _refuse_local(
         self, field: str, value: object, ip: ipaddress.IPv4Address | ipaddress.IPv6Address, *, loopback: bool
     ) -> None:

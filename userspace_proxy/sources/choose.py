@@ -10,6 +10,7 @@ import socket
 import time
 
 from userspace_proxy.config import Config
+from userspace_proxy.model import Node
 from userspace_proxy.sources.base import Source
 from userspace_proxy.sources.manifests import ManifestSource
 
@@ -17,8 +18,12 @@ from userspace_proxy.sources.manifests import ManifestSource
 def choose(config: Config) -> Source:
     """Raises ConfigError where there is nothing to serve, or no way to it."""
     if config.manifests:
-        return ManifestSource(config.manifests)
+        return ManifestSource(config.manifests, Node(_node_name(config)))
     return _kubernetes(config)
+
+
+def _node_name(config: Config) -> str:
+    return config.hostname_override or socket.gethostname().strip().lower()
 
 
 def _kubernetes(config: Config) -> Source:
@@ -35,7 +40,7 @@ def _kubernetes(config: Config) -> Source:
     server = connection.check()
     return KubernetesSource(
         connection,
-        config.hostname_override or socket.gethostname().strip().lower(),
+        _node_name(config),
         SavedState(config.state_dir, server) if config.state_dir else None,
         pace=pace,
         clock=time.monotonic,

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from userspace_proxy.exceptions import ConfigError
-from userspace_proxy.model import Snapshot
+from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources.base import Publish
 from userspace_proxy.sources.documents import SyntaxProblem
 from userspace_proxy.sources.inotify import Changes
@@ -41,9 +41,10 @@ _Watched = tuple[tuple[str, int, int], ...]
 class ManifestSource:
     """Serves the objects in `paths`: files, and directories of `*.yaml`, `*.yml` and `*.json`."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], node: Node | None = None) -> None:
+        """`node` is the one that this is: endpoints that name it are local."""
         self._paths = tuple(dict.fromkeys(Path(os.path.abspath(path)) for path in paths))
-        self._store = Store()
+        self._store = Store(node)
         self._stamps: dict[str, _Stamp] = {}
         self._missing: tuple[str, ...] = ()
         self._known: dict[str, Known] = {}

@@ -3,16 +3,14 @@
 An object comes as a parsed value (dicts, lists, text, numbers); where it was found and how it was parsed is the
 caller's business, what is done with several of them is in `sources.store`. Fields that do not matter to a proxy are
 never looked at. Everything that does matter is untrusted: an object is taken whole or refused whole, with one
-ObjectError that tells all its problems, each as `field: found X; allowed: Y`.
-
-The structs give the shape only. Their leaves are `Any`, because a typed leaf would end the decoding at the first
-mistake, and people want to hear of all of them at once.
+ObjectError that tells all its problems, each as `field: found X; allowed: Y`. Their shapes are in `sources.shapes`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,13 +21,27 @@ from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.model import (
     DEFAULT_AFFINITY_TIMEOUT,
     Endpoint,
+    Preference,
     Protocol,
     ServicePort,
     ServicePortName,
     SessionAffinity,
+    TrafficPolicy,
     family_of,
 )
-from userspace_proxy.sources.checks import Check, Port, show
+from userspace_proxy.sources.checks import Check, show
+from userspace_proxy.sources.shapes import (
+    ClientIPConfig,
+    Conditions,
+    EndpointSliceShape,
+    EndpointsShape,
+    LoadBalancer,
+    Metadata,
+    ObjectShape,
+    ServiceShape,
+    ServiceSpec,
+    SliceEndpointShape,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +54,13 @@ NOT_OURS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/h
 """Labels that, with any value, take an object away from the node's default proxy."""
 
 MAX_AFFINITY_TIMEOUT = 86400
+
+_PREFERENCES = {
+    "PreferClose": Preference.ZONE,
+    "PreferSameZone": Preference.ZONE,
+    "PreferSameNode": Preference.NODE,
+}
+"""By `trafficDistribution`; of one that is not known yet there is nothing to prefer."""
 
 
 class Identity(NamedTuple):
@@ -70,86 +89,10 @@ class EndpointSet:
     """A service port of the same name and another protocol has other endpoints."""
 
 
-class _Metadata(msgspec.Struct):
-    name: Any = None
-    namespace: Any = None
-    labels: dict[Any, Any] | None = None
-
-
-class _Object(msgspec.Struct):
-    metadata: _Metadata | None = None
-
-
-class _ClientIPConfig(msgspec.Struct, rename="camel"):
-    timeout_seconds: Any = None
-
-
-class _AffinityConfig(msgspec.Struct):
-    client_ip: _ClientIPConfig | None = msgspec.field(default=None, name="clientIP")
-
-
-class _ServiceSpec(msgspec.Struct, rename="camel"):
-    type: Any = None
-    cluster_ip: Any = msgspec.field(default=None, name="clusterIP")
-    cluster_ips: list[Any] | None = msgspec.field(default=None, name="clusterIPs")
-    external_ips: list[Any] | None = msgspec.field(default=None, name="externalIPs")
-    ports: list[Port] | None = None
-    session_affinity: Any = None
-    session_affinity_config: _AffinityConfig | None = None
-
-
-class _Ingress(msgspec.Struct):
-    ip: Any = None
-
-
-class _LoadBalancer(msgspec.Struct):
-    ingress: list[_Ingress] | None = None
-
-
-class _ServiceStatus(msgspec.Struct, rename="camel"):
-    load_balancer: _LoadBalancer | None = None
-
-
-class _Service(_Object):
-    spec: _ServiceSpec | None = None
-    status: _ServiceStatus | None = None
-
-
-class _Conditions(msgspec.Struct):
-    ready: bool | None = None
-    serving: bool | None = None
-    terminating: bool | None = None
-
-
-class _SliceEndpoint(msgspec.Struct):
-    addresses: list[Any] | None = None
-    conditions: _Conditions | None = None
-
-
-class _EndpointSlice(_Object, rename="camel"):
-    address_type: Any = None
-    endpoints: list[_SliceEndpoint] | None = None
-    ports: list[Port] | None = None
-
-
-class _Address(msgspec.Struct):
-    ip: Any = None
-
-
-class _Subset(msgspec.Struct, rename="camel"):
-    addresses: list[_Address] | None = None
-    not_ready_addresses: list[_Address] | None = None
-    ports: list[Port] | None = None
-
-
-class _Endpoints(_Object):
-    subsets: list[_Subset] | None = None
-
-
-_STRUCTS: Mapping[str, type[_Object]] = {
-    "Service": _Service,
-    "Endpoints": _Endpoints,
-    "EndpointSlice": _EndpointSlice,
+_SHAPES: Mapping[str, type[ObjectShape]] = {
+    "Service": ServiceShape,
+    "Endpoints": EndpointsShape,
+    "EndpointSlice": EndpointSliceShape,
 }
 
 
@@ -204,7 +147,7 @@ def decode(value: object, where: str, *, allow_loopback: bool = False) -> Servic
         raise ObjectError(where, f"{kind or 'object'}", [_unknown(value)])
     if value.get("apiVersion") != API_VERSIONS[kind]:
         check.refuse("apiVersion", value.get("apiVersion"), API_VERSIONS[kind])
-    decoded, misshapen = _shaped(value, _STRUCTS[kind])
+    decoded, misshapen = _shaped(value, _SHAPES[kind])
     labels = (decoded.metadata and decoded.metadata.labels) or {}
     if any(label in labels for label in NOT_OURS):
         logger.debug("%s: %s: labelled for another proxy or headless; skipped", where, identity or kind)
@@ -218,21 +161,21 @@ def decode(value: object, where: str, *, allow_loopback: bool = False) -> Servic
     return found
 
 
-def _read(decoded: _Object, kind: str, labels: Mapping[Any, Any], check: Check) -> Service | EndpointSet | None:
-    metadata = decoded.metadata or _Metadata()
+def _read(decoded: ObjectShape, kind: str, labels: Mapping[Any, Any], check: Check) -> Service | EndpointSet | None:
+    metadata = decoded.metadata or Metadata()
     namespace = "default" if metadata.namespace in (None, "") else metadata.namespace
     name = check.name("metadata.name", metadata.name, dotted=kind != "Service")
     identity = Identity(kind, check.name("metadata.namespace", namespace), name)
-    if isinstance(decoded, _Service):
+    if isinstance(decoded, ServiceShape):
         return _read_service(decoded, identity, check)
-    if isinstance(decoded, _EndpointSlice):
+    if isinstance(decoded, EndpointSliceShape):
         return _read_slice(decoded, identity, labels, check)
-    assert isinstance(decoded, _Endpoints)
+    assert isinstance(decoded, EndpointsShape)
     return _read_endpoints(decoded, identity, check)
 
 
-def _read_service(decoded: _Service, identity: Identity, check: Check) -> Service | None:
-    spec = decoded.spec or _ServiceSpec()
+def _read_service(decoded: ServiceShape, identity: Identity, check: Check) -> Service | None:
+    spec = decoded.spec or ServiceSpec()
     kinds = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
     if spec.type not in (None, "", *kinds):
         check.refuse("spec.type", spec.type, ", ".join(kinds))
@@ -245,13 +188,21 @@ def _read_service(decoded: _Service, identity: Identity, check: Check) -> Servic
         return None
     cluster_ips = _read_cluster_ips(spec, given, check)
     external_ips = tuple(check.service_ip(f"spec.externalIPs[{i}]", ip) for i, ip in enumerate(spec.external_ips or ()))
-    balancer = (decoded.status and decoded.status.load_balancer) or _LoadBalancer()
+    balancer = (decoded.status and decoded.status.load_balancer) or LoadBalancer()
     balancer_ips = tuple(
         check.service_ip(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
         for i, ingress in enumerate(balancer.ingress or ())
         if ingress.ip not in (None, "")  # some clouds give a host name instead
     )
     affinity, timeout = _read_affinity(spec, check)
+    policies: dict[str, Any] = {
+        "internal_policy": _read_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy, check),
+        "external_policy": _read_policy("spec.externalTrafficPolicy", spec.external_traffic_policy, check),
+        "source_ranges": _read_source_ranges(spec, check),
+        "health_check_node_port": _read_health_check(spec, check),
+        "publish_not_ready": bool(spec.publish_not_ready_addresses),
+        "preference": _PREFERENCES.get(str(spec.traffic_distribution), Preference.NONE),
+    }
     ports: dict[ServicePortName, ServicePort] = {}
     for port in check.service_ports(spec.ports or ()):
         ports[ServicePortName(identity.namespace, identity.name, port.name)] = ServicePort(
@@ -263,11 +214,12 @@ def _read_service(decoded: _Service, identity: Identity, check: Check) -> Servic
             load_balancer_ips=tuple(dict.fromkeys(balancer_ips)),
             affinity=affinity,
             affinity_timeout=timeout,
+            **policies,
         )
     return Service(identity, ports)
 
 
-def _read_cluster_ips(spec: _ServiceSpec, given: Sequence[Any], check: Check) -> tuple[str, ...]:
+def _read_cluster_ips(spec: ServiceSpec, given: Sequence[Any], check: Check) -> tuple[str, ...]:
     field = "spec.clusterIPs" if spec.cluster_ips else "spec.clusterIP"
     ips = tuple(
         check.service_ip(f"{field}[{i}]" if spec.cluster_ips else field, ip, cluster=True) for i, ip in enumerate(given)
@@ -280,20 +232,45 @@ def _read_cluster_ips(spec: _ServiceSpec, given: Sequence[Any], check: Check) ->
     return ips
 
 
-def _read_affinity(spec: _ServiceSpec, check: Check) -> tuple[SessionAffinity, float]:
+def _read_affinity(spec: ServiceSpec, check: Check) -> tuple[SessionAffinity, float]:
     affinity = SessionAffinity.NONE
     if spec.session_affinity == SessionAffinity.CLIENT_IP.value:
         affinity = SessionAffinity.CLIENT_IP
     elif spec.session_affinity not in (None, "", "None"):
         check.refuse("spec.sessionAffinity", spec.session_affinity, "None, ClientIP")
-    config = (spec.session_affinity_config and spec.session_affinity_config.client_ip) or _ClientIPConfig()
+    config = (spec.session_affinity_config and spec.session_affinity_config.client_ip) or ClientIPConfig()
     if config.timeout_seconds is None:
         return affinity, DEFAULT_AFFINITY_TIMEOUT
     field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
     return affinity, float(check.number(field, config.timeout_seconds, 1, MAX_AFFINITY_TIMEOUT))
 
 
-def _read_slice(decoded: _EndpointSlice, identity: Identity, labels: Mapping[Any, Any], check: Check) -> EndpointSet:
+def _read_policy(field: str, found: Any, check: Check) -> TrafficPolicy:
+    try:
+        return TrafficPolicy(found or TrafficPolicy.CLUSTER)
+    except ValueError:
+        check.refuse(field, found, ", ".join(TrafficPolicy))
+        return TrafficPolicy.CLUSTER
+
+
+def _read_source_ranges(spec: ServiceSpec, check: Check) -> tuple[str, ...]:
+    if spec.type != "LoadBalancer":
+        return ()
+    field = "spec.loadBalancerSourceRanges"
+    ranges = (check.network(f"{field}[{i}]", each) for i, each in enumerate(spec.load_balancer_source_ranges or ()))
+    return tuple(dict.fromkeys(ranges))
+
+
+def _read_health_check(spec: ServiceSpec, check: Check) -> int:
+    if spec.type != "LoadBalancer" or spec.external_traffic_policy != TrafficPolicy.LOCAL.value:
+        return 0
+    port = spec.health_check_node_port
+    return 0 if port is None else check.number("spec.healthCheckNodePort", port, 0, 65535)
+
+
+def _read_slice(
+    decoded: EndpointSliceShape, identity: Identity, labels: Mapping[Any, Any], check: Check
+) -> EndpointSet:
     service = check.name(f"metadata.labels[{SERVICE_NAME}]", labels.get(SERVICE_NAME))
     family = decoded.address_type
     if family not in ("IPv4", "IPv6"):
@@ -302,8 +279,13 @@ def _read_slice(decoded: _EndpointSlice, identity: Identity, labels: Mapping[Any
     ports = [port for port in check.ports("ports", decoded.ports or (), numbered=False) if port.port]
     by_port: dict[str, list[Endpoint]] = {port.name: [] for port in ports}
     for i, endpoint in enumerate(decoded.endpoints or ()):
-        conditions = endpoint.conditions or _Conditions()
-        ready, serving = conditions.ready is not False, conditions.serving is not False
+        conditions = endpoint.conditions or Conditions()
+        told = {
+            "ready": conditions.ready is not False,
+            "serving": conditions.serving is not False,
+            "terminating": bool(conditions.terminating),
+            **_read_whereabouts(endpoint, f"endpoints[{i}]", check),
+        }
         if not endpoint.addresses:
             check.refuse(f"endpoints[{i}].addresses", endpoint.addresses, "at least one address")
         for j, address in enumerate(endpoint.addresses or ()):
@@ -311,14 +293,39 @@ def _read_slice(decoded: _EndpointSlice, identity: Identity, labels: Mapping[Any
             if ip and family in ("IPv4", "IPv6") and family_of(ip).value != family:
                 check.refuse(f"endpoints[{i}].addresses[{j}]", address, f"{family}, as addressType says")
             for port in ports:
-                by_port[port.name].append(Endpoint(ip, port.port, ready, serving, bool(conditions.terminating)))
+                by_port[port.name].append(Endpoint(ip, port.port, **told))
     namespace = identity.namespace
     named = {ServicePortName(namespace, service, name): tuple(found) for name, found in by_port.items()}
     protocols = {ServicePortName(namespace, service, port.name): port.protocol for port in ports}
     return EndpointSet(identity, (namespace, service), named, protocols)
 
 
-def _read_endpoints(decoded: _Endpoints, identity: Identity, check: Check) -> EndpointSet:
+def _read_whereabouts(endpoint: SliceEndpointShape, field: str, check: Check) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if endpoint.node_name is not None:
+        found["node"] = _read_text(f"{field}.nodeName", endpoint.node_name, check)
+    if endpoint.zone is not None:
+        found["zone"] = _read_text(f"{field}.zone", endpoint.zone, check)
+    if endpoint.hints is not None:
+        for name, key, hints in (
+            ("forZones", "zone_hints", endpoint.hints.for_zones),
+            ("forNodes", "node_hints", endpoint.hints.for_nodes),
+        ):
+            found[key] = tuple(
+                _read_text(f"{field}.hints.{name}[{i}].name", hint.name, check) for i, hint in enumerate(hints or ())
+            )
+    return found
+
+
+def _read_text(field: str, found: Any, check: Check) -> str:
+    """A name that many endpoints have in common, and which is therefore kept once."""
+    if isinstance(found, str):
+        return sys.intern(found)
+    check.refuse(field, found, "text")
+    return ""
+
+
+def _read_endpoints(decoded: EndpointsShape, identity: Identity, check: Check) -> EndpointSet:
     by_port: dict[str, list[Endpoint]] = {}
     protocols: dict[ServicePortName, Protocol] = {}
     for i, subset in enumerate(decoded.subsets or ()):
@@ -329,9 +336,11 @@ def _read_endpoints(decoded: _Endpoints, identity: Identity, check: Check) -> En
             ("notReadyAddresses", subset.not_ready_addresses, False),
         ):
             for j, address in enumerate(addresses or ()):
-                ip = check.endpoint_ip(f"subsets[{i}].{which}[{j}].ip", address.ip)
+                at = f"subsets[{i}].{which}[{j}]"
+                ip = check.endpoint_ip(f"{at}.ip", address.ip)
+                node = "" if address.node_name is None else _read_text(f"{at}.nodeName", address.node_name, check)
                 for port in ports:
-                    by_port.setdefault(port.name, []).append(Endpoint(ip, port.port, ready, ready))
+                    by_port.setdefault(port.name, []).append(Endpoint(ip, port.port, ready, ready, node=node))
     key = identity.namespace, identity.name
     named = {ServicePortName(*key, name): tuple(found) for name, found in by_port.items()}
     return EndpointSet(identity, key, named, protocols)
@@ -356,7 +365,7 @@ def _unknown(value: object) -> str:
     return f"{field}: found {show(value.get(field))}; allowed: what every Kubernetes object says of itself"
 
 
-def _shaped(value: Any, struct: type[_Object]) -> tuple[_Object, dict[str, str]]:
+def _shaped(value: Any, struct: type[ObjectShape]) -> tuple[ObjectShape, dict[str, str]]:
     """The struct, without the parts of the value that have not their shape, and what is said of each of these."""
     problems: dict[str, str] = {}
     while True:

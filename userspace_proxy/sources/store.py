@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from userspace_proxy.model import Endpoint, ServicePort, ServicePortName, Snapshot
+from userspace_proxy.model import Endpoint, Node, ServicePort, ServicePortName, Snapshot
 from userspace_proxy.sources.objects import EndpointSet, Identity, Service
 
 Object = Service | EndpointSet
@@ -39,7 +39,8 @@ class _File:
 class Store:
     """Not thread-safe: one caller at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: Node | None = None) -> None:
+        """`node` is the one that this is, where no list tells."""
         self._files: dict[str, _File] = {}
         self._troubled: set[str] = set()
         """The files that have problems."""
@@ -50,7 +51,7 @@ class Store:
         self._endpoint_sets: dict[_ServiceKey, set[Identity]] = {}
         self._changed: dict[_ServiceKey, None] = {}
         """A set that keeps its order, so that Snapshots have theirs."""
-        self._snapshot = Snapshot()
+        self._snapshot = Snapshot(node=node)
         self._names: dict[_ServiceKey, tuple[list[ServicePortName], list[ServicePortName]]] = {}
         """What of a service is in `_snapshot`: its service ports, and those that have endpoints."""
 
@@ -164,7 +165,7 @@ class Store:
                 self._names.pop(key, None)
         self._changed.clear()
         if differs:
-            self._snapshot = Snapshot(services, endpoints)
+            self._snapshot = Snapshot(services, endpoints, self._snapshot.node)
         return self._snapshot
 
     def _merge(
