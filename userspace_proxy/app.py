@@ -283,7 +283,12 @@ async def serve(config: Config, parse: Callable[[], Config]) -> Config | None:
     config_file = ConfigFile(config.config, config, parse) if config.config else None
     set_oom_score(config)
     source = sources.choose(config)
-    capture = await choose(config.capture, bind_address=config.bind_address, nodeport_cidrs=config.nodeport_addresses)
+    capture = await choose(
+        config.capture,
+        bind_address=config.bind_address,
+        nodeport_cidrs=config.nodeport_addresses,
+        inside=config.cluster_cidr,
+    )
     try:
         if capture.rewrites_destination:
             tune_conntrack(config, cpus())

@@ -60,7 +60,7 @@ class Unavailable(choosing.NoCapture):
 
 
 def test_auto_goes_on_to_the_next_and_says_why(run, caplog, monkeypatch):
-    monkeypatch.setattr(choosing, "_WAYS", choosing._WAYS | {"iptables": lambda bind, cidrs: Unavailable()})
+    monkeypatch.setattr(choosing, "_WAYS", choosing._WAYS | {"iptables": lambda bind, cidrs, inside: Unavailable()})
     caplog.set_level(logging.WARNING)
     assert run(choose("auto", bind_address="0.0.0.0")).name == "none"
     assert "iptables" in caplog.messages[0]

@@ -161,19 +161,19 @@ def test_a_file_that_cannot_be_read_is_the_one_problem(tmp_path, content, proble
 
 def test_fields_without_effect_are_told_where_they_differ_from_the_default(tmp_path):
     config = with_file(
-        tmp_path, "clusterCIDR: 10.0.0.0/8\niptables: {masqueradeAll: false}\nwinkernel: {sourceVip: x}\n"
+        tmp_path, "detectLocalMode: ClusterCIDR\niptables: {masqueradeAll: false}\nwinkernel: {sourceVip: x}\n"
     )
     masquerade, windows = config.notices
-    assert masquerade.startswith("clusterCIDR: without effect; a relayed connection")
+    assert masquerade.startswith("detectLocalMode: without effect; a relayed connection")
     assert windows.startswith("winkernel.sourceVip: without effect; ")
 
 
 def test_flags_without_effect_are_told_by_the_reason():
     config = parse(
-        [M, "--masquerade-all", "--cluster-cidr=::/0", "--ipvs-scheduler=rr", "--feature-gates=CPUManager=f"]
+        [M, "--masquerade-all", "--pod-bridge-interface=br0", "--ipvs-scheduler=rr", "--feature-gates=CPUManager=f"]
     )
     masquerade, ipvs, gates = config.notices
-    assert masquerade.startswith("--cluster-cidr, --masquerade-all: without effect; ")
+    assert masquerade.startswith("--pod-bridge-interface, --masquerade-all: without effect; ")
     assert ipvs.startswith("--ipvs-scheduler: without effect; ")
     assert gates.startswith("feature gates CPUManager: without effect; ")
     assert parse([M, "--proxy-mode=userspace", "-v2"]).notices == ()

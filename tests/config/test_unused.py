@@ -14,7 +14,6 @@ def test_defaults():
     assert by_default(UnusedSettings) == {
         "kube_api_content_type": "application/vnd.kubernetes.protobuf",
         "accept_content_types": "",
-        "cluster_cidr": (),
         "detect_local_mode": LocalMode.NONE,
         "pod_bridge_interface": "",
         "pod_interface_name_prefix": "",
@@ -55,12 +54,6 @@ def test_defaults():
 
 GOOD = {
     "kube-api-content-type": {"application/json": "application/json", "": ""},
-    "cluster-cidr": {
-        "": (),
-        "10.1.0.0/16": ("10.1.0.0/16",),
-        "10.0.0.0/8,fd00::/8": ("10.0.0.0/8", "fd00::/8"),
-        "fd00::/8,10.0.0.0/8": ("fd00::/8", "10.0.0.0/8"),
-    },
     "detect-local-mode": {"": LocalMode.NONE, "NodeCIDR": LocalMode.NODE_CIDR, "ClusterCIDR": LocalMode.CLUSTER_CIDR},
     "pod-bridge-interface": {"cni0": "cni0"},
     "pod-interface-name-prefix": {"veth": "veth"},
@@ -93,11 +86,6 @@ GOOD = {
     "azure-container-registry-config": {"/etc/azure.json": "/etc/azure.json"},
 }
 BAD = {
-    "cluster-cidr": {
-        "10.0.0.0": "'10.0.0.0': a bare address; write 10.0.0.0/32",
-        "10.0.0.0/8,11.0.0.0/8": "both of one address family",
-        "10.0.0.0/8,fd00::/8,fd01::/16": "3 networks",
-    },
     "detect-local-mode": {"clustercidr": "no such choice"},
     "masquerade-all": {"on": "neither true nor false"},
     "iptables-masquerade-bit": {"-1": "too small", "32": "too large"},

@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-_WAYS: Mapping[str, Callable[[str, Sequence[str]], Capture]] = {
-    "iptables": lambda bind_address, nodeport_cidrs: iptables.IPTables(
-        bind_address=bind_address, nodeport_cidrs=nodeport_cidrs
+_WAYS: Mapping[str, Callable[[str, Sequence[str], Sequence[str]], Capture]] = {
+    "iptables": lambda bind_address, nodeport_cidrs, inside: iptables.IPTables(
+        bind_address=bind_address, nodeport_cidrs=nodeport_cidrs, inside=inside
     ),
-    "none": lambda bind_address, nodeport_cidrs: NoCapture(),
+    "none": lambda bind_address, nodeport_cidrs, inside: NoCapture(),
 }
 """In the order in which `auto` tries them; the last one works everywhere."""
 
@@ -29,13 +29,15 @@ NAMES = (AUTO, *_WAYS)
 """What `--capture` can be."""
 
 
-async def choose(name: str, *, bind_address: str, nodeport_cidrs: Sequence[str] = ()) -> Capture:
-    """A capture that has been started.
+async def choose(
+    name: str, *, bind_address: str, nodeport_cidrs: Sequence[str] = (), inside: Sequence[str] = ()
+) -> Capture:
+    """A capture that has been started. `inside` are networks whose clients are.
 
     Raises CaptureUnavailable if the one asked for does not work here; `auto` always finds one.
     """
     if name != AUTO:
-        capture = _WAYS[name](bind_address, nodeport_cidrs)
+        capture = _WAYS[name](bind_address, nodeport_cidrs, inside)
         try:
             await capture.start()
         except BaseException:
@@ -45,7 +47,7 @@ async def choose(name: str, *, bind_address: str, nodeport_cidrs: Sequence[str] 
         return capture
     for way in _WAYS:
         try:
-            capture = await choose(way, bind_address=bind_address, nodeport_cidrs=nodeport_cidrs)
+            capture = await choose(way, bind_address=bind_address, nodeport_cidrs=nodeport_cidrs, inside=inside)
         except CaptureUnavailable as error:
             logger.warning("capture %s does not work here, trying the next way: %s", way, error)
             continue

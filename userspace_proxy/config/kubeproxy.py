@@ -9,6 +9,7 @@ from userspace_proxy.config.flag import ADDRESSES, ADMIN, HOST, INSTEAD, MODE, S
 from userspace_proxy.config.gates import Gates
 from userspace_proxy.config.kinds import (
     CIDRS,
+    CLUSTER_CIDR,
     FILE,
     GATES,
     IP,
@@ -114,6 +115,15 @@ class KubeProxySettings:
         "The networks whose addresses, where this host has them, serve node ports. May be given more than "
         "once. Empty: all addresses of this host.",
         place="nodePortAddresses",
+    )
+    cluster_cidr: tuple[str, ...] = setting(
+        (),
+        "cluster-cidr",
+        CLUSTER_CIDR,
+        ADDRESSES,
+        "The pods' network, or one of each family. Clients in it are inside, as is this node: by an external "
+        "address of a Service with externalTrafficPolicy Local they reach the endpoints of all nodes.",
+        place="clusterCIDR",
     )
     udp_timeout: float = setting(
         0.25,

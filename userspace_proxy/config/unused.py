@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from userspace_proxy.config.flag import unused
 from userspace_proxy.config.kinds import (
     CIDRS,
-    CLUSTER_CIDR,
     LINE,
     PATTERNS,
     SEVERITY,
@@ -48,7 +47,6 @@ class UnusedSettings:
         "application/vnd.kubernetes.protobuf", "kube-api-content-type", TEXT, _JSON, "clientConnection.contentType"
     )
     accept_content_types: str = unused("", "clientConnection.acceptContentTypes", TEXT, _JSON)
-    cluster_cidr: tuple[str, ...] = unused((), "cluster-cidr", CLUSTER_CIDR, _MASQUERADE, "clusterCIDR")
     detect_local_mode: LocalMode = unused(
         LocalMode.NONE, "detect-local-mode", choice(LocalMode), _MASQUERADE, "detectLocalMode"
     )
