@@ -87,7 +87,7 @@ def test_in_the_kernel() -> None:
 @pytest.mark.parametrize(("score", "level"), [(-999, logging.DEBUG), (-5, logging.WARNING)])
 def test_the_oom_score(tmp_path: Path, caplog: pytest.LogCaptureFixture, score: int, level: int) -> None:
     """That the default cannot be had is usual; what was asked for is missed."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "userspace_proxy")
     config = replace(Config(), oom_score_adj=score)
     set_oom_score(config, tmp_path / "score")
     assert (tmp_path / "score").read_text() == str(score)

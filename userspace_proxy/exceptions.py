@@ -4,6 +4,7 @@
     ├── ConfigError            flags that cannot be used; carries every problem found
     ├── ObjectError            one Service, EndpointSlice or Endpoints object that is refused
     ├── APIError               an API server that refuses a request, or that cannot be reached
+    ├── HeaderError            a connection that does not start with the header it should
     ├── PortError              a port that cannot be had (in use, claimed by another, range exhausted)
     ├── NoEndpoints            nowhere to send a client to; ends that connection only
     ├── ProtocolUnavailable    a protocol this host or this version does not serve
@@ -54,6 +55,10 @@ class APIError(UserspaceProxyError):
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+
+
+class HeaderError(UserspaceProxyError):
+    """The start of a connection that is no header of the PROXY protocol."""
 
 
 class PortError(UserspaceProxyError):

@@ -42,6 +42,8 @@ class Outcome(enum.StrEnum):
     """No endpoint could be connected within the ladder."""
     NOT_CAPTURED = "not_captured"
     """It came to the proxy port without going through a portal."""
+    NOT_INTRODUCED = "not_introduced"
+    """The header of the PROXY protocol that it had to start with was malformed, or did not come in time."""
     HALF_CLOSE_TIMEOUT = "half_close_timeout"
     DRAIN_TIMEOUT = "drain_timeout"
     IDLE = "idle"

@@ -81,6 +81,18 @@ class Preference(enum.StrEnum):
     NODE = "node"
 
 
+class ProxyProtocol(NamedTuple):
+    """How clients of a TCP service port are introduced."""
+
+    version: int = 0
+    """Of the header that endpoints get; 0: none."""
+    trusted: tuple[str, ...] = ()
+    """Networks from which connections start with a header."""
+
+
+_NO_PROXY_PROTOCOL = ProxyProtocol()
+
+
 class ServicePortName(NamedTuple):
     """The key of everything: one named port of one Service. The port's name is empty where it has none."""
 
@@ -190,6 +202,7 @@ class ServicePort:
     publish_not_ready: bool = False
     """Endpoints take clients whether they are ready or not."""
     preference: Preference = Preference.NONE
+    proxy_protocol: ProxyProtocol = _NO_PROXY_PROTOCOL
 
     @property
     def families(self) -> tuple[IPFamily, ...]:

@@ -242,6 +242,7 @@ class Serving:
                 continue
             served.balancer.configure(service.affinity, service.affinity_timeout)
             served.service = service
+            served.socket.speak(service.proxy_protocol)
             self._update(key, served)
             logger.info("%s: changed: %s", key.name, _portals(service, key.family))
 
@@ -266,6 +267,7 @@ class Serving:
         self._keys[key.name].append(key)
         self._by_port[proxy_socket.port] = key
         proxy_socket.admit(None if self._strangers else ())
+        proxy_socket.speak(service.proxy_protocol)
         self.own([_proxy_place(key, served)])
         self._update(key, served)
         where = _portals(service, key.family)

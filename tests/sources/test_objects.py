@@ -9,6 +9,7 @@ from userspace_proxy.model import (
     Endpoint,
     Preference,
     Protocol,
+    ProxyProtocol,
     ServicePort,
     ServicePortName,
     SessionAffinity,
@@ -170,6 +171,33 @@ def test_all_problems_at_once():
         "spec.ports[0].protocol",
         "spec.sessionAffinity",
     ]
+
+
+def annotated(**annotations):
+    value = service()
+    value["metadata"]["annotations"] = {
+        f"userspace-proxy/{name.replace('_', '-')}": v for name, v in annotations.items()
+    }
+    return value
+
+
+def test_how_clients_are_introduced():
+    assert only(service()).proxy_protocol == ProxyProtocol()
+    assert only(annotated(send_proxy_protocol="v2")).proxy_protocol == ProxyProtocol(2)
+    found = only(
+        annotated(send_proxy_protocol="none", accept_proxy_protocol_from="10.0.0.1/8, fd00::/8,")
+    ).proxy_protocol
+    assert found == ProxyProtocol(0, ("10.0.0.0/8", "fd00::/8"))
+
+
+def test_introductions_that_are_refused():
+    version, networks = problems(annotated(send_proxy_protocol="2", accept_proxy_protocol_from="anybody"))
+    assert version == "metadata.annotations[userspace-proxy/send-proxy-protocol]: found '2'; allowed: none, v1, v2"
+    assert networks.startswith(
+        "metadata.annotations[userspace-proxy/accept-proxy-protocol-from]: found 'anybody'; allowed: a network, as "
+    )
+    (found,) = problems(annotated(accept_proxy_protocol_from=8))
+    assert "found 8; allowed: networks" in found
 
 
 def test_what_has_not_its_shape_does_not_hide_other_problems():

@@ -37,6 +37,7 @@ from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Protocol, SessionAffinity
 from userspace_proxy.workers import pool as pool_module
 from userspace_proxy.workers import program
+from userspace_proxy.workers.messages import AskCounts
 
 V4 = IPFamily.IPV4
 
@@ -160,6 +161,11 @@ def test_affinity_is_exact_over_all_workers(start: Start, protocol: Protocol, fa
         assert not {client for client, name in placed(clients(family)).items() if name != after[client]} & moved
 
 
+def heard(proxy: ProxyThread) -> None:
+    """Wait until each worker has heard what it was told last: it answers after it."""
+    eventually(lambda: len(proxy.wait_for(proxy.pool._ask(AskCounts))) == proxy.workers)
+
+
 @pytest.mark.privileged
 @pytest.mark.usefixtures("_many_addresses")
 def test_affinity_can_be_switched_while_clients_come(start: Start, protocol: Protocol) -> None:
@@ -168,11 +174,11 @@ def test_affinity_can_be_switched_while_clients_come(start: Start, protocol: Pro
         for _ in range(2):
             assert len({ask(proxy, source="127.0.0.9") for _ in range(20)}) == 5
             proxy.call(proxy.balancer.configure, SessionAffinity.CLIENT_IP, 100.0)
-            assert proxy.counts, "whoever answers this has heard of it"
+            heard(proxy)
             for client in clients(V4):
                 assert len({ask(proxy, source=client) for _ in range(3)}) == 1
             proxy.call(proxy.balancer.configure, SessionAffinity.NONE, 100.0)
-            assert proxy.counts
+            heard(proxy)
 
 
 def test_turns_are_fair_over_all_workers(start: Start, protocol: Protocol, family: IPFamily) -> None:

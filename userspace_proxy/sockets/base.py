@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
-from userspace_proxy.model import IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.model import IPFamily, Portal, Protocol, ProxyProtocol, SocketKey, join_host_port
 
 RESERVE = 128
 """Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
@@ -46,6 +46,9 @@ class ProxySocket(typing.Protocol):
         With no network at all nobody is heard, which is how a socket that serves refuses nobody and takes nobody.
         Raises PortError.
         """
+
+    def speak(self, proxy_protocol: ProxyProtocol) -> None:
+        """How clients are introduced from now on; of no concern to what is not TCP."""
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         """Only clients that were sent here through these portals are served; None: whoever connects."""

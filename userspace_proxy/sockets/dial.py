@@ -19,6 +19,7 @@ from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import Address
 from userspace_proxy.poller import ERR, HUP, OUT, Poller
+from userspace_proxy.proxyprotocol import Header
 from userspace_proxy.sockets.relay import ABORT_ON_CLOSE
 
 LADDER = (0.25, 0.5, 1.0, 2.0)
@@ -63,10 +64,15 @@ class Dialer:
 class Dial:
     """One client on its way to an endpoint. Exactly one of `on_connected` and `on_failed` is called, once."""
 
-    __slots__ = ("_attempts", "_client_ip", "_dialer", "_sock", "_tried", "client", "deadline", "endpoint", "since")
+    __slots__ = (
+        *("_attempts", "_client_ip", "_dialer", "_sock", "_tried"),
+        *("client", "deadline", "endpoint", "header", "since"),
+    )
 
-    def __init__(self, dialer: Dialer, client: SocketType, client_ip: str) -> None:
+    def __init__(self, dialer: Dialer, client: SocketType, client_ip: str, header: Header | None = None) -> None:
         self.client = client
+        self.header = header
+        """What the client was introduced by."""
         self.since = dialer.poller.clock()
         self.deadline = 0.0
         """Of the attempt under way, on the poller's clock."""

@@ -20,10 +20,12 @@ from socket import SocketType
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
-from userspace_proxy.model import Address, IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.model import Address, IPFamily, Portal, Protocol, ProxyProtocol, SocketKey, join_host_port
 from userspace_proxy.poller import EDGE_IN, Poller
+from userspace_proxy.proxyprotocol import Header
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind
 from userspace_proxy.sockets.dial import Dial, Dialer, set_keepalive
+from userspace_proxy.sockets.introduction import Introductions, Trusted, introduce, original_destination
 from userspace_proxy.sockets.relay import ABORT_ON_CLOSE, Pipes, Relay
 from userspace_proxy.sockets.screen import screen
 
@@ -43,12 +45,6 @@ PAUSE = 0.1
 """Seconds until the next try when the kernel has no room for another connection."""
 
 _EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-
-# (level, option, length, the address's place in the answer): SO_ORIGINAL_DST and its IPv6 twin have no names here.
-_ORIGINAL_DESTINATION = {
-    IPFamily.IPV4: (socket.SOL_IP, 80, 16, slice(4, 8)),
-    IPFamily.IPV6: (socket.IPPROTO_IPV6, 80, 28, slice(8, 24)),
-}
 
 
 class TCPSockets:
@@ -71,6 +67,7 @@ class TCPSockets:
         self._look_at = float("inf")
         """When dials are looked through for those that have waited long enough."""
         self._relays: dict[Relay, TCPSocket] = {}
+        self._introductions = Introductions(poller, self._introduced)
         self._sweep()
         self._keep_alive()
 
@@ -87,7 +84,7 @@ class TCPSockets:
 
     @property
     def active(self) -> int:
-        return len(self._dials) + len(self._relays)
+        return len(self._introductions) + len(self._dials) + len(self._relays)
 
     def count(self) -> None:
         """Bring the metrics up to this moment."""
@@ -105,6 +102,7 @@ class TCPSockets:
             on_idle()
 
     def end_all(self, outcome: Outcome) -> None:
+        self._introductions.end_all()
         for dial in list(self._dials):
             dial.cancel()
             self._refuse(dial, outcome)
@@ -121,7 +119,23 @@ class TCPSockets:
     def take(self, tcp_socket: TCPSocket, client: SocketType, client_ip: str) -> None:
         tcp_socket.metrics.opened += 1
         tcp_socket.metrics.active += 1
-        dial = Dial(tcp_socket.dialer, client, client_ip)
+        if tcp_socket.trusted and client_ip in tcp_socket.trusted:
+            self._introductions.wait(tcp_socket, client)
+        else:
+            self._dial(tcp_socket, Dial(tcp_socket.dialer, client, client_ip))
+
+    def _introduced(self, tcp_socket: TCPSocket, client: SocketType, header: Header | None) -> None:
+        if header is None:
+            self.poller.discard(client)
+            self._account(tcp_socket, Outcome.NOT_INTRODUCED)
+            return
+        try:
+            ip = (header.source or client.getpeername())[0]
+        except OSError:
+            ip = ""  # it is gone, which the relay will find out
+        self._dial(tcp_socket, Dial(tcp_socket.dialer, client, ip, header))
+
+    def _dial(self, tcp_socket: TCPSocket, dial: Dial) -> None:
         self._dials[dial] = tcp_socket
         dial.start()
 
@@ -148,7 +162,12 @@ class TCPSockets:
                 self._look_by(max(now + LOOK, min(dial.deadline for dial in self._dials)))
 
     def _connected(self, dial: Dial, endpoint: SocketType, events: int) -> None:
-        tcp_socket = self._dials.pop(dial)
+        tcp_socket = self._dials[dial]
+        if tcp_socket.version and not tcp_socket.introduce(dial, endpoint):
+            self.poller.discard(endpoint)
+            self._refuse(dial, Outcome.DIAL_FAILED)
+            return
+        del self._dials[dial]
         relay = Relay(dial.client, endpoint, self.poller, self.pipes, tcp_socket.metrics, self._ended, dial.since)
         self._relays[relay] = tcp_socket
         relay.start(events)
@@ -234,6 +253,9 @@ class TCPSocket:
         self._serving = adopted
         self._paused = False
         self._resume = self._go_on
+        self.version = 0
+        """Of the PROXY protocol's headers that endpoints get; 0: none."""
+        self.trusted = Trusted(())
         self._places: frozenset[bytes] | None = None
         self._node_ports: frozenset[bytes] = frozenset()
         # One socket in all states. Bound to an explicit number it keeps the port when it stops listening; a port
@@ -263,6 +285,13 @@ class TCPSocket:
 
     def screen(self, networks: Sequence[str] | None) -> None:
         screen(self._listener, self.key.family, networks)
+
+    def speak(self, proxy_protocol: ProxyProtocol) -> None:
+        self.version, self.trusted = proxy_protocol.version, Trusted(proxy_protocol.trusted)
+
+    def introduce(self, dial: Dial, endpoint: SocketType) -> bool:
+        name, family = str(self.key.name), self.key.family
+        return introduce(endpoint, dial.client, family, dial.header, version=self.version, name=name)
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         if portals is None:
@@ -328,13 +357,11 @@ class TCPSocket:
             self._shared.take(self, client, client_ip)
 
     def _came_through_a_portal(self, client: SocketType) -> bool:
-        level, option, length, address = _ORIGINAL_DESTINATION[self.key.family]
-        try:
-            raw = client.getsockopt(level, option, length)
-        except OSError:
+        found = original_destination(client, self.key.family)
+        if found is None or self._places is None:
             return False  # conntrack knows nothing of it: nobody translated it
-        port = raw[2:4]
-        return self._places is not None and (port + raw[address] in self._places or port in self._node_ports)
+        port, ip = found
+        return port + ip in self._places or port in self._node_ports
 
     def _pause(self) -> None:
         if not self._paused:

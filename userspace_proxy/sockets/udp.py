@@ -24,7 +24,7 @@ from socket import SocketType
 from userspace_proxy.exceptions import NoEndpoints
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics, errno_name
-from userspace_proxy.model import Address, IPFamily, Portal, Protocol, SocketKey, join_host_port
+from userspace_proxy.model import Address, IPFamily, Portal, Protocol, ProxyProtocol, SocketKey, join_host_port
 from userspace_proxy.poller import LEVEL_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind, claim
 from userspace_proxy.sockets.screen import screen
@@ -287,6 +287,9 @@ class UDPSocket:
         self._networks = networks
         if self._sock is not None:
             screen(self._sock, self.key.family, networks)
+
+    def speak(self, proxy_protocol: ProxyProtocol) -> None:
+        """Nothing: the PROXY protocol has connections in mind."""
 
     def refuse(self) -> None:
         if self._sock is None:

@@ -23,6 +23,7 @@ from userspace_proxy.model import (
     Endpoint,
     Preference,
     Protocol,
+    ProxyProtocol,
     ServicePort,
     ServicePortName,
     SessionAffinity,
@@ -54,6 +55,10 @@ NOT_OURS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/h
 """Labels that, with any value, take an object away from the node's default proxy."""
 
 MAX_AFFINITY_TIMEOUT = 86400
+
+SEND_PROXY = "userspace-proxy/send-proxy-protocol"
+ACCEPT_PROXY = "userspace-proxy/accept-proxy-protocol-from"
+_VERSIONS = {"none": 0, "v1": 1, "v2": 2}
 
 _PREFERENCES = {
     "PreferClose": Preference.ZONE,
@@ -202,6 +207,7 @@ def _read_service(decoded: ServiceShape, identity: Identity, check: Check) -> Se
         "health_check_node_port": _read_health_check(spec, check),
         "publish_not_ready": bool(spec.publish_not_ready_addresses),
         "preference": _PREFERENCES.get(str(spec.traffic_distribution), Preference.NONE),
+        "proxy_protocol": _read_proxy_protocol((decoded.metadata and decoded.metadata.annotations) or {}, check),
     }
     ports: dict[ServicePortName, ServicePort] = {}
     for port in check.service_ports(spec.ports or ()):
@@ -259,6 +265,19 @@ def _read_source_ranges(spec: ServiceSpec, check: Check) -> tuple[str, ...]:
     field = "spec.loadBalancerSourceRanges"
     ranges = (check.network(f"{field}[{i}]", each) for i, each in enumerate(spec.load_balancer_source_ranges or ()))
     return tuple(dict.fromkeys(ranges))
+
+
+def _read_proxy_protocol(annotations: Mapping[Any, Any], check: Check) -> ProxyProtocol:
+    field = f"metadata.annotations[{SEND_PROXY}]"
+    version = annotations.get(SEND_PROXY, "none")
+    if version not in _VERSIONS:
+        check.refuse(field, version, ", ".join(_VERSIONS))
+    field, trusted = f"metadata.annotations[{ACCEPT_PROXY}]", annotations.get(ACCEPT_PROXY, "")
+    if not isinstance(trusted, str):
+        check.refuse(field, trusted, "networks, as 192.0.2.0/24, with commas between them")
+        trusted = ""
+    networks = tuple(check.network(field, each) for each in trusted.split(",") if each.strip())
+    return ProxyProtocol(_VERSIONS.get(version, 0), networks)
 
 
 def _read_health_check(spec: ServiceSpec, check: Check) -> int:

@@ -17,6 +17,7 @@ class Metadata(msgspec.Struct):
     name: Any = None
     namespace: Any = None
     labels: dict[Any, Any] | None = None
+    annotations: dict[Any, Any] | None = None
 
 
 class ObjectShape(msgspec.Struct):

@@ -10,7 +10,7 @@ import msgspec
 
 from userspace_proxy.config import LoggingFormat
 from userspace_proxy.metrics import Outcome
-from userspace_proxy.model import Address, Portal, Protocol, SessionAffinity, SocketKey
+from userspace_proxy.model import Address, Portal, Protocol, ProxyProtocol, SessionAffinity, SocketKey
 from userspace_proxy.sockets.base import Session
 from userspace_proxy.sockets.path import RelaySettings
 
@@ -47,6 +47,11 @@ class Balance(msgspec.Struct, tag=True, frozen=True):
 class Admit(msgspec.Struct, tag=True, frozen=True):
     id: int
     portals: tuple[Portal, ...] | None
+
+
+class Speak(msgspec.Struct, tag=True, frozen=True):
+    id: int
+    proxy_protocol: ProxyProtocol
 
 
 class Serve(msgspec.Struct, tag=True, frozen=True):
@@ -143,5 +148,7 @@ class Missed(msgspec.Struct, tag=True, frozen=True):
     id: int
 
 
-ToWorker = Open | Balance | Admit | Serve | Take | Refuse | Close | Drain | EndAll | AskCounts | AskSessions | Dialled
+ToWorker = (
+    Open | Balance | Admit | Speak | Serve | Take | Refuse | Close | Drain | EndAll | AskCounts | AskSessions | Dialled
+)
 ToControl = Report | Sessions | Idle | Dialled | Missed

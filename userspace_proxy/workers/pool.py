@@ -20,7 +20,7 @@ import msgspec
 
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
-from userspace_proxy.model import Portal, Protocol, SessionAffinity, SocketKey
+from userspace_proxy.model import Portal, Protocol, ProxyProtocol, SessionAffinity, SocketKey
 from userspace_proxy.sockets.base import Session
 from userspace_proxy.workers import counting
 from userspace_proxy.workers.backoff import Backoff
@@ -41,6 +41,7 @@ from userspace_proxy.workers.messages import (
     Report,
     Serve,
     Sessions,
+    Speak,
     Start,
     Take,
     ToControl,
@@ -71,6 +72,7 @@ class WorkerSocket:
         self._pool = pool
         self._group = group
         self._admitted: Admit | None = None
+        self._speaking = Speak(opening.id, ProxyProtocol())
         self._steered = False
         balancer.on_change = self._follow
 
@@ -98,6 +100,11 @@ class WorkerSocket:
         self._admitted = Admit(self.opening.id, None if portals is None else tuple(portals))
         self._pool.tell(self._admitted)
 
+    def speak(self, proxy_protocol: ProxyProtocol) -> None:
+        if proxy_protocol != self._speaking.proxy_protocol:
+            self._speaking = Speak(self.opening.id, proxy_protocol)
+            self._pool.tell(self._speaking)
+
     def close(self) -> None:
         self._hand_over_waiting()
         self.serving = False
@@ -116,6 +123,7 @@ class WorkerSocket:
         worker.send(self._balance(worker))
         if self._admitted is not None:
             worker.send(self._admitted)
+        worker.send(self._speaking)
         if self.serving:
             self.offer(worker)
 

@@ -27,7 +27,7 @@ import uvloop
 from userspace_proxy import logs
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
-from userspace_proxy.model import Address, Endpoint, Protocol
+from userspace_proxy.model import Address, Endpoint, Protocol, ProxyProtocol
 from userspace_proxy.sockets.base import AF, ProxySocket
 from userspace_proxy.sockets.path import DataPath
 from userspace_proxy.sockets.tcp import TCPSocket
@@ -49,6 +49,7 @@ from userspace_proxy.workers.messages import (
     Report,
     Serve,
     Sessions,
+    Speak,
     Start,
     Take,
     ToWorker,
@@ -106,6 +107,7 @@ class ServedHere:
         self.metrics = ServicePortMetrics()
         self.tally = Tally(opening.id, self.metrics, self.balancer)
         self.portals: Admit | None = None
+        self.proxy_protocol = ProxyProtocol()
         self.socket: ProxySocket | None = None
 
     def let_go(self) -> None:
@@ -128,6 +130,7 @@ class Worker:
             Open: self._open,
             Balance: self._balance,
             Admit: self._admit,
+            Speak: self._speak,
             Refuse: self._refuse,
             Close: self._close,
             Drain: self._drain,
@@ -175,6 +178,12 @@ class Worker:
         if served.socket is not None:
             served.socket.admit(admit.portals)
 
+    def _speak(self, speak: Speak) -> None:
+        served = self._served[speak.id]
+        served.proxy_protocol = speak.proxy_protocol
+        if served.socket is not None:
+            served.socket.speak(served.proxy_protocol)
+
     def _serve(self, serve: Serve, descriptor: int) -> None:
         if descriptor < 0:
             self._channel.send(Missed(serve.id))
@@ -189,6 +198,7 @@ class Worker:
         served.socket = adopt(served.key, sock, served.balancer, served.metrics)
         if served.portals is not None:
             served.socket.admit(served.portals.portals)
+        served.socket.speak(served.proxy_protocol)
         self._hold(1)
 
     def _take(self, take: Take, descriptor: int) -> None:
