@@ -137,9 +137,10 @@ def test_connections_tell_who_talks_to_whom(node: Node, pod: Namespace) -> None:
 
 def test_settings_and_mode(node: Node) -> None:
     assert node.get("/proxyMode") == "userspace"
-    settings = json.loads(node.get("/configz"))["userspaceproxy.config"]
-    assert (settings["udpTimeout"], settings["drainTimeout"]) == ("150ms", "5s")
-    assert settings["manifests"] == [str(node.manifests)]
+    settings = json.loads(node.get("/configz"))
+    assert settings["kubeproxy.config.k8s.io"]["udpIdleTimeout"] == "150ms"
+    assert settings["userspaceproxy.config"]["drainTimeout"] == "5s"
+    assert settings["userspaceproxy.config"]["manifests"] == [str(node.manifests)]
     assert "/metrics" in node.get("/nothing-here")
 
 
