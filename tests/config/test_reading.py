@@ -180,11 +180,11 @@ def test_flags_without_effect_are_told_by_the_reason():
 
 
 def test_manifests_that_are_not_there_are_told_with_the_rest(tmp_path):
-    lines = problems(f"--manifests={tmp_path}/no", "--workers=0", "--manifests=/", "--manifests=.x")
+    lines = problems(f"--manifests={tmp_path}/no", "--workers=0", "--manifests=/", f"--manifests={__file__}/y")
     assert [line.partition(";")[0] for line in lines] == [
         "--workers='0': too small",
-        f"--manifests='{tmp_path}/no': not there",
-        "--manifests='.x': not there",
+        f"--manifests='{tmp_path}/no': No such file or directory",
+        f"--manifests='{__file__}/y': Not a directory",
     ]
     parse([f"--manifests={tmp_path}/no", "--cleanup"])
     parse([f"--manifests={tmp_path}/no", "--write-config-to=x"])
