@@ -74,7 +74,7 @@ def help_text(commands: Mapping[str, str]) -> str:
         "",
         "Usage:",
         "  userspace-proxy [--manifests PATH | --kubeconfig PATH | --master URL] [flags]",
-        *(f"  userspace-proxy {usage:30} {what}" for usage, what in commands.items()),
+        *(f"  userspace-proxy {usage}\n{_fill(what, '        ')}" for usage, what in commands.items()),
         "",
         "Examples:",
     ]
