@@ -92,7 +92,7 @@ def test_a_directory_that_a_link_is_turned_to(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_or_says_the_same_changes_nothing(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "userspace_proxy")
 
     async def main() -> None:
         async with looking(file) as changed:

@@ -18,7 +18,7 @@ CONFIG = replace(Config(), conntrack_max_per_core=100, conntrack_min=150)
 
 @pytest.fixture
 def sysctls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "userspace_proxy")
     for name, value in (("max", 10), ("tcp_timeout_established", 10), ("tcp_timeout_close_wait", 7200)):
         (tmp_path / f"nf_conntrack_{name}").write_text(f"{value}\n")
     (tmp_path / "hashsize").write_text("1\n")
@@ -87,7 +87,7 @@ def test_in_the_kernel() -> None:
 @pytest.mark.parametrize(("score", "level"), [(-999, logging.DEBUG), (-5, logging.WARNING)])
 def test_the_oom_score(tmp_path: Path, caplog: pytest.LogCaptureFixture, score: int, level: int) -> None:
     """That the default cannot be had is usual; what was asked for is missed."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "userspace_proxy")
     config = replace(Config(), oom_score_adj=score)
     set_oom_score(config, tmp_path / "score")
     assert (tmp_path / "score").read_text() == str(score)
