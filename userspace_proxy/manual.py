@@ -129,13 +129,16 @@ def _fields() -> Iterator[str]:
 
 
 def _gates() -> Iterator[str]:
+    yield from ("These change something. They are beta, and on by themselves.", "")
     yield from (f"- `{name}`: {what}" for name, what in IN_USE.items())
-    if IN_USE:
-        yield ""
-    yield "Known, and taken without effect, as they are by themselves (*on* or *off*):"
+    yield from ("", "Known, and taken without effect, with what they are by themselves:")
     for stage in sorted({*STAGES.values()}):
         for on in (True, False):
-            names = [f"`{name}`" for name, of in STAGES.items() if of is stage and is_on((), name) is on]
+            names = [
+                f"`{name}`"
+                for name, of in STAGES.items()
+                if name not in IN_USE and of is stage and is_on((), name) is on
+            ]
             if names:
                 yield from ("", _page(f"{stage}, {'on' if on else 'off'}: {', '.join(sorted(names))}"))
 
