@@ -60,11 +60,11 @@ kube-proxy has not."""
 
 _FILE = f"""\
 With --config=FILE, a {KIND} of {API_VERSION} says what flags would. A field that
-nobody knows, or that is there twice, is told in the log with its line and passed over. 0, null and an
-empty text stand for the default, except where 0 is said to be kept. `--write-config-to=FILE` writes such a
-file. When it has changed, the proxy checks it; if it can be used and says something else than before, the
-proxy ends in order, as on SIGTERM, and starts anew, in the same process; if not, it goes on as it is and
-says why."""
+nobody knows is passed over, and of one that is there twice the last counts; both are told in the log, with
+their lines. 0, null and an empty text stand for the default, except where 0 is said to be kept; so only
+flags can do without the servers of health and metrics. `--write-config-to=FILE` writes such a file. When it
+has changed, the proxy checks it; if it can be used and says something else than before, the proxy ends in
+order, as on SIGTERM, and starts anew, in the same process; if not, it goes on as it is and says why."""
 
 
 def help_text(commands: Mapping[str, str]) -> str:
