@@ -117,7 +117,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     shown = command("--manifests", str(missing), "--capture=none", "--workers=0")
     assert shown.returncode == 2
-    assert f"--manifests='{missing}': not there" in shown.stderr
+    assert f"--manifests='{missing}': No such file or directory" in shown.stderr
     assert "--workers='0': too small" in shown.stderr, "with all else that is wrong"
     assert "serving on" not in shown.stderr
     assert "Traceback" not in shown.stderr

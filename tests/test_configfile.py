@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_a_change_is_the_config_that_it_makes(file: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_change_before_the_first_look_is_seen(file: Path) -> None:
+    running = parse([f"--config={file}"])
+    assert isinstance(running, Config)
+    write(file, "udpIdleTimeout: 9s\n")
+
+    def read() -> Config:
+        return replace(running, udp_timeout=9.0)
+
+    async def main() -> None:
+        async with asyncio.timeout(10):
+            assert (await ConfigFile(file, running, read, PERIOD).changed()).udp_timeout == 9.0
+
+    asyncio.run(main())
+
+
 def test_a_directory_that_a_link_is_turned_to(tmp_path: Path) -> None:
     """As kubelet changes a ConfigMap: the file's own name never changes what it points to."""
     for name, body in (("one", ""), ("two", "oomScoreAdj: 7\n")):
@@ -76,7 +92,7 @@ def test_a_directory_that_a_link_is_turned_to(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_or_says_the_same_changes_nothing(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "userspace_proxy")
 
     async def main() -> None:
         async with looking(file) as changed:
@@ -95,3 +111,4 @@ def test_what_cannot_be_used_or_says_the_same_changes_nothing(file: Path, caplog
 
     asyncio.run(main())
     assert caplog.text.count("going on as before") == 2, "each is told once"
+    assert caplog.text.count("says the same") == 1, "and nothing at the start"

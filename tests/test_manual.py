@@ -12,7 +12,7 @@ from userspace_proxy.config import Config, parse, settings
 from userspace_proxy.config.gates import STAGES
 from userspace_proxy.manual import WIDTH, help_text, markdown
 
-COMMANDS = {"turn WHAT": "Turn it."}
+COMMANDS = {"turn WHAT": "Turn it.", "wait": "Wait until it has been turned. " * 4}
 
 
 def test_the_help_text_fits_a_terminal():
@@ -58,7 +58,7 @@ def test_the_page_is_what_the_module_writes():
 
 
 def test_commands_are_told():
-    assert "  userspace-proxy turn WHAT                      Turn it.\n" in help_text(COMMANDS)
+    assert "  userspace-proxy turn WHAT\n        Turn it.\n" in help_text(COMMANDS)
 
 
 def test_the_page_has_every_gate_and_every_field_of_the_file():

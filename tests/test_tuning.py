@@ -18,7 +18,7 @@ CONFIG = replace(Config(), conntrack_max_per_core=100, conntrack_min=150)
 
 @pytest.fixture
 def sysctls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "userspace_proxy")
     for name, value in (("max", 10), ("tcp_timeout_established", 10), ("tcp_timeout_close_wait", 7200)):
         (tmp_path / f"nf_conntrack_{name}").write_text(f"{value}\n")
     (tmp_path / "hashsize").write_text("1\n")

@@ -33,12 +33,11 @@ class ConfigFile:
         used = seen = None
         while True:
             found = await asyncio.to_thread(self._read)
-            if used is None:
-                used = found  # as it was at the start, or so soon after that it makes no difference
             if found == seen and found != used:
-                used = found
-                if another := await asyncio.to_thread(self._another):
+                # At first, too: it may have changed since it was read for the Config that runs.
+                if another := await asyncio.to_thread(self._another, quietly=used is None):
                     return another
+                used = found
             seen = found
             await asyncio.sleep(self._period)
 
@@ -48,7 +47,7 @@ class ConfigFile:
         except OSError:
             return b""
 
-    def _another(self) -> Config | None:
+    def _another(self, *, quietly: bool) -> Config | None:
         try:
             config = self._parse()
         except ConfigError as error:
@@ -56,7 +55,8 @@ class ConfigFile:
                 logger.error("--config: %s", problem)
             logger.error("--config: %s has changed and cannot be used; going on as before", self._path)
             return None
-        if config == self._running:
+        if config != self._running:
+            return config
+        if not quietly:
             logger.info("--config: %s has changed, and says the same", self._path)
-            return None
-        return config
+        return None

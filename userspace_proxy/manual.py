@@ -60,11 +60,11 @@ kube-proxy has not."""
 
 _FILE = f"""\
 With --config=FILE, a {KIND} of {API_VERSION} says what flags would. A field that
-nobody knows, or that is there twice, is told in the log with its line and passed over. 0, null and an
-empty text stand for the default, except where 0 is said to be kept. `--write-config-to=FILE` writes such a
-file. When it has changed, the proxy checks it; if it can be used and says something else than before, the
-proxy ends in order, as on SIGTERM, and starts anew, in the same process; if not, it goes on as it is and
-says why."""
+nobody knows is passed over, and of one that is there twice the last counts; both are told in the log, with
+their lines. 0, null and an empty text stand for the default, except where 0 is said to be kept; so only
+flags can do without the servers of health and metrics. `--write-config-to=FILE` writes such a file. When it
+has changed, the proxy checks it; if it can be used and says something else than before, the proxy ends in
+order, as on SIGTERM, and starts anew, in the same process; if not, it goes on as it is and says why."""
 
 
 def help_text(commands: Mapping[str, str]) -> str:
@@ -74,7 +74,7 @@ def help_text(commands: Mapping[str, str]) -> str:
         "",
         "Usage:",
         "  userspace-proxy [--manifests PATH | --kubeconfig PATH | --master URL] [flags]",
-        *(f"  userspace-proxy {usage:30} {what}" for usage, what in commands.items()),
+        *(f"  userspace-proxy {usage}\n{_fill(what, '        ')}" for usage, what in commands.items()),
         "",
         "Examples:",
     ]
@@ -129,13 +129,16 @@ def _fields() -> Iterator[str]:
 
 
 def _gates() -> Iterator[str]:
+    yield from ("These change something. They are beta, and on by themselves.", "")
     yield from (f"- `{name}`: {what}" for name, what in IN_USE.items())
-    if IN_USE:
-        yield ""
-    yield "Known, and taken without effect, as they are by themselves (*on* or *off*):"
+    yield from ("", "Known, and taken without effect, with what they are by themselves:")
     for stage in sorted({*STAGES.values()}):
         for on in (True, False):
-            names = [f"`{name}`" for name, of in STAGES.items() if of is stage and is_on((), name) is on]
+            names = [
+                f"`{name}`"
+                for name, of in STAGES.items()
+                if name not in IN_USE and of is stage and is_on((), name) is on
+            ]
             if names:
                 yield from ("", _page(f"{stage}, {'on' if on else 'off'}: {', '.join(sorted(names))}"))
 

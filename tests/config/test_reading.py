@@ -164,27 +164,27 @@ def test_fields_without_effect_are_told_where_they_differ_from_the_default(tmp_p
         tmp_path, "detectLocalMode: ClusterCIDR\niptables: {masqueradeAll: false}\nwinkernel: {sourceVip: x}\n"
     )
     masquerade, windows = config.notices
-    assert masquerade.startswith("detectLocalMode: without effect; a relayed connection")
+    assert masquerade.startswith("detectLocalMode: without effect; which clients are inside")
     assert windows.startswith("winkernel.sourceVip: without effect; ")
 
 
 def test_flags_without_effect_are_told_by_the_reason():
     config = parse(
-        [M, "--masquerade-all", "--pod-bridge-interface=br0", "--ipvs-scheduler=rr", "--feature-gates=CPUManager=f"]
+        [M, "--masquerade-all", "--iptables-masquerade-bit=5", "--ipvs-scheduler=rr", "--feature-gates=CPUManager=f"]
     )
     masquerade, ipvs, gates = config.notices
-    assert masquerade.startswith("--pod-bridge-interface, --masquerade-all: without effect; ")
+    assert masquerade.startswith("--masquerade-all, --iptables-masquerade-bit: without effect; ")
     assert ipvs.startswith("--ipvs-scheduler: without effect; ")
     assert gates.startswith("feature gates CPUManager: without effect; ")
     assert parse([M, "--proxy-mode=userspace", "-v2"]).notices == ()
 
 
 def test_manifests_that_are_not_there_are_told_with_the_rest(tmp_path):
-    lines = problems(f"--manifests={tmp_path}/no", "--workers=0", "--manifests=/", "--manifests=.x")
+    lines = problems(f"--manifests={tmp_path}/no", "--workers=0", "--manifests=/", f"--manifests={__file__}/y")
     assert [line.partition(";")[0] for line in lines] == [
         "--workers='0': too small",
-        f"--manifests='{tmp_path}/no': not there",
-        "--manifests='.x': not there",
+        f"--manifests='{tmp_path}/no': No such file or directory",
+        f"--manifests='{__file__}/y': Not a directory",
     ]
     parse([f"--manifests={tmp_path}/no", "--cleanup"])
     parse([f"--manifests={tmp_path}/no", "--write-config-to=x"])

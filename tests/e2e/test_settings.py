@@ -155,3 +155,35 @@ def test_who_connects_to_a_proxy_port_itself_is_reset(
             ask(sock)
     assert f'outcome="not_captured",port="t",protocol="TCP",service="web"}} {len(strangers)}.0' in node.get("/metrics")
     assert answer(pod, CLUSTER[0], 80) == b"a:hi"
+
+
+CONFIG = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: userspace\n"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_config_map_that_changes(node: Node, pod: Namespace, tmp_path: Path, workers: int) -> None:
+    """As kubelet changes it, by turning a link. The same process goes on, and keeps nothing of what was before."""
+    for number, body in enumerate(("portRange: 21000-21100\n", "portRange: 22000-22100\nudpIdleTimeout: 9s\n")):
+        (tmp_path / f"data{number}").mkdir()
+        (tmp_path / f"data{number}" / "config.conf").write_text(CONFIG + body)
+    (tmp_path / "data").symlink_to("data0")
+    before = node.rules()
+    node.start(
+        f"--config={tmp_path}/data/config.conf", f"--workers={workers}", "--drain-timeout=1s", "--udp-timeout=1m"
+    )
+    assert node.process is not None
+    assert answer(pod, CLUSTER[0], 80) == b"a:hi"
+    assert {row["proxyPort"] // 1000 for row in node.rows().values()} == {21}
+    descriptors = node.descriptors()
+    (tmp_path / "next").symlink_to("data1")
+    (tmp_path / "next").rename(tmp_path / "data")
+    eventually(lambda: node.log().count("SERVICE PORT") == 2, 20)
+    assert {row["proxyPort"] // 1000 for row in node.rows().values()} == {22}
+    assert "21" not in {number[:2] for number in re.findall(r"--to-ports (\d+)", node.rules())}
+    for ip in CLUSTER:
+        for kind in KINDS.values():
+            assert answer(pod, ip, 80, kind) == b"a:hi"
+    assert abs(node.descriptors() - descriptors) <= 2
+    assert len(Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children").read_text().split()) <= 2 + workers
+    assert node.stop() == 0
+    assert node.rules() == before

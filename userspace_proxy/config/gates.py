@@ -1,8 +1,8 @@
 """Feature gates: which there are, at which stage each is, and what is on.
 
-Those of Kubernetes 1.20 and 1.25, as the later of the two has them, and a few of proxies that came after. Nearly all
-are other programs': they are known so that a misspelt one can be told from them. IN_USE has those that change something
-here.
+Those of Kubernetes 1.20 and 1.25, as the later of the two has them, and a few of proxies that came after; what is done
+here by itself is beta, and on. Nearly all are other programs': they are known so that a misspelt one can be told from
+them. IN_USE has those that change something here.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _ALPHA = """
     CSIVolumeFSGroupPolicy CSIVolumeHealth ConfigurableFSGroupPolicy ContainerCheckpoint CustomCPUCFSQuotaPeriod
     DefaultPodTopologySpread DisableAcceleratorUsageMetrics DisableCloudProviders
     DisableKubeletCloudCredentialProviders EphemeralContainers ExpandedDNSConfig GenericEphemeralVolume
-    HPAContainerMetrics HPAScaleToZero HonorPVReclaimPolicy HyperVContainer IPTablesOwnershipCleanup IPv6DualStack
+    HPAContainerMetrics HPAScaleToZero HonorPVReclaimPolicy HyperVContainer IPTablesOwnershipCleanup
     InTreePluginAWSUnregister InTreePluginAzureDiskUnregister InTreePluginAzureFileUnregister
     InTreePluginGCEUnregister InTreePluginOpenStackUnregister InTreePluginPortworxUnregister
     InTreePluginRBDUnregister InTreePluginvSphereUnregister JobPodFailurePolicy KMSv2 KubeletInUserNamespace
     KubeletTracing LoggingAlphaOptions MatchLabelKeysInPodTopologySpread MaxUnavailableStatefulSet MemoryQoS
     MultiCIDRRangeAllocator NetworkPolicyStatus NodeInclusionPolicyInPodTopologySpread NodeOutOfServiceVolumeDetach
-    NodeSwap PodAndContainerStatsFromCRI PodDisruptionConditions PodHasNetworkCondition ProcMountType
-    ProxyTerminatingEndpoints QOSReserved ReadWriteOncePod RecoverVolumeExpansionFailure RemoveSelfLink
-    RetroactiveDefaultStorageClass SELinuxMountReadWriteOncePod ServiceAccountIssuerDiscovery ServiceTopology
-    SetHostnameAsFQDN StatefulSetAutoDeletePVC StorageVersionAPI TTLAfterFinished UserNamespacesStatelessPodsSupport
+    NodeSwap PodAndContainerStatsFromCRI PodDisruptionConditions PodHasNetworkCondition ProcMountType QOSReserved
+    ReadWriteOncePod RecoverVolumeExpansionFailure RemoveSelfLink RetroactiveDefaultStorageClass
+    SELinuxMountReadWriteOncePod ServiceAccountIssuerDiscovery ServiceTopology SetHostnameAsFQDN
+    StatefulSetAutoDeletePVC StorageVersionAPI TTLAfterFinished UserNamespacesStatelessPodsSupport
     VolumeCapacityPriority WinDSR WindowsEndpointSliceProxying
 """
 _BETA_ON = """
@@ -48,19 +48,19 @@ _BETA_ON = """
     CustomResourceValidationExpressions DelegateFSGroupToCSIDriver DevicePlugins DownwardAPIHugePages
     DynamicKubeletConfig EndpointSlice EndpointSliceProxying EndpointSliceTerminatingCondition ExpandCSIVolumes
     ExpandInUsePersistentVolumes ExpandPersistentVolumes GRPCContainerProbe GracefulNodeShutdown
-    GracefulNodeShutdownBasedOnPodPriority HugePageStorageMediumSize ImmutableEphemeralVolumes
+    GracefulNodeShutdownBasedOnPodPriority HugePageStorageMediumSize IPv6DualStack ImmutableEphemeralVolumes
     JobMutableNodeSchedulingDirectives JobReadyPods JobTrackingWithFinalizers KubeProxyDrainingTerminatingNodes
     KubeletCredentialProviders KubeletPodResources KubeletPodResourcesGetAllocatable LegacyNodeRoleBehavior
     LegacyServiceAccountTokenNoAutoGeneration LoadBalancerIPMode LocalStorageCapacityIsolation
     LocalStorageCapacityIsolationFSQuotaMonitoring LogarithmicScaleDown LoggingBetaOptions MemoryManager
     MinimizeIPTablesRestore MixedProtocolLBService NFTablesProxyMode NodeDisruptionExclusion NonPreemptingPriority
     OpenAPIEnums OpenAPIV3 PodDeletionCost PodDisruptionBudget PodOverhead PreferSameTrafficDistribution
-    ProbeTerminationGracePeriod RemainingItemCount RotateKubeletServerCertificate RunAsGroup RuntimeClass
-    SCTPSupport SeccompDefault SelectorIndex ServerSideApply ServerSideFieldValidation ServiceAppProtocol
-    ServiceIPStaticSubrange ServiceInternalTrafficPolicy ServiceNodeExclusion ServiceTrafficDistribution
-    SizeMemoryBackedVolumes StartupProbe StorageVersionHash SupportNodePidsLimit SupportPodPidsLimit Sysctls
-    TokenRequest TokenRequestProjection TopologyAwareHints TopologyManager ValidateProxyRedirects
-    VolumeSnapshotDataSource WarningHeaders WinOverlay WindowsHostProcessContainers
+    ProbeTerminationGracePeriod ProxyTerminatingEndpoints RemainingItemCount RotateKubeletServerCertificate
+    RunAsGroup RuntimeClass SCTPSupport SeccompDefault SelectorIndex ServerSideApply ServerSideFieldValidation
+    ServiceAppProtocol ServiceIPStaticSubrange ServiceInternalTrafficPolicy ServiceNodeExclusion
+    ServiceTrafficDistribution SizeMemoryBackedVolumes StartupProbe StorageVersionHash SupportNodePidsLimit
+    SupportPodPidsLimit Sysctls TokenRequest TokenRequestProjection TopologyAwareHints TopologyManager
+    ValidateProxyRedirects VolumeSnapshotDataSource WarningHeaders WinOverlay WindowsHostProcessContainers
 """
 _BETA_OFF = """
     CSIMigrationAWS CSIMigrationAzureDisk CSIMigrationGCE CSIMigrationOpenStack CSIMigrationPortworx
@@ -75,6 +75,11 @@ _ALL = {"AllAlpha": Stage.ALPHA, "AllBeta": Stage.BETA}
 IN_USE: Mapping[str, str] = {
     "EndpointSliceProxying": "On: an API server is asked for EndpointSlices where it has them. Off: for Endpoints.",
     "SCTPSupport": "Off: service ports of SCTP are passed over.",
+    "ServiceInternalTrafficPolicy": "Off: internalTrafficPolicy is passed over.",
+    "ServiceTrafficDistribution": "Off: trafficDistribution is passed over.",
+    "TopologyAwareHints": "Off: hints for zones, which endpoints carry, are passed over.",
+    "PreferSameTrafficDistribution": "Off: hints for nodes, which endpoints carry, are passed over.",
+    "ProxyTerminatingEndpoints": "Off: endpoints that terminate take no more clients, even where there are no others.",
 }
 """What a gate changes here."""
 

@@ -64,21 +64,23 @@ def parse(argv: Sequence[str], *, look: bool = True) -> Config | Show:
             raise ConfigError(problems)
         return Show.VERSION
     notices: list[str] = []
+    readable = True
     place = values.get("config") if look else None
     if place:
         document = _document(place)
+        readable = not document.problems or bool(document.unusable)
         problems += document.problems
         unusable |= document.unusable
         notices += [*document.notices, *_not_looked_at(values, place)]
         values = _together(values, document.values)
     _deprecated_ports(given, values, unusable)
     config = Config(**{FIELDS[name]: value for name, value in values.items() if name in FIELDS})
-    if not (place and problems and not unusable):  # a file that could not be read at all sets nothing
+    if readable:
         # What could not be read has its default here, which would be blamed for nothing.
         called = _called(given, place)
         problems += [problem for names, problem in contradictions(config, called) if unusable.isdisjoint(names)]
     if look and not config.cleanup and not config.write_config_to:
-        problems += [_missing(path) for path in config.manifests if not path.exists()]
+        problems += _missing(config.manifests)
     if problems:
         raise ConfigError(problems)
     return replace(config, notices=(*notices, *_without_effect(config, {flag.name for flag, _ in given})))
@@ -134,7 +136,7 @@ def _deprecated_ports(given: Sequence[Given], values: Values, unusable: set[str]
     """--healthz-port and --metrics-port are the ports of addresses that come without."""
     for flag in (HEALTHZ_PORT, METRICS_PORT):
         name = flag.name.replace("-port", "-bind-address")
-        if flag.name not in values or "config" in values or name in unusable:
+        if flag.name not in values or values.get("config") or name in unusable:
             continue
         port = values[flag.name]
         told = [text for other, text in given if other.name == name]
@@ -153,8 +155,12 @@ def _called(given: Sequence[Given], file: Path | None) -> typing.Callable[[str],
     return called
 
 
-def _missing(path: Path) -> str:
-    return f"--manifests={str(path)!r}: not there; allowed: a file or a directory that is; make it, or name another"
+def _missing(manifests: Iterable[Path]) -> Iterator[str]:
+    for path in manifests:
+        try:
+            path.stat()
+        except OSError as error:
+            yield f"--manifests={str(path)!r}: {error.strerror}; allowed: a file or a directory that is there; make it"
 
 
 def _without_effect(config: Config, given: set[str]) -> Iterator[str]:

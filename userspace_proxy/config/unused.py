@@ -32,6 +32,7 @@ class LocalMode(enum.StrEnum):
 
 
 _MASQUERADE = "a relayed connection comes from this host in any case, so nothing has to be masqueraded"
+_LOCAL = "which clients are inside is told by --cluster-cidr alone"
 _IPVS = "it is for kube-proxy's mode ipvs"
 _WINDOWS = "it is for kube-proxy on Windows"
 _JSON = "JSON is spoken, which every API server does"
@@ -48,11 +49,11 @@ class UnusedSettings:
     )
     accept_content_types: str = unused("", "clientConnection.acceptContentTypes", TEXT, _JSON)
     detect_local_mode: LocalMode = unused(
-        LocalMode.NONE, "detect-local-mode", choice(LocalMode), _MASQUERADE, "detectLocalMode"
+        LocalMode.NONE, "detect-local-mode", choice(LocalMode), _LOCAL, "detectLocalMode"
     )
-    pod_bridge_interface: str = unused("", "pod-bridge-interface", TEXT, _MASQUERADE, "detectLocal.bridgeInterface")
+    pod_bridge_interface: str = unused("", "pod-bridge-interface", TEXT, _LOCAL, "detectLocal.bridgeInterface")
     pod_interface_name_prefix: str = unused(
-        "", "pod-interface-name-prefix", TEXT, _MASQUERADE, "detectLocal.interfaceNamePrefix"
+        "", "pod-interface-name-prefix", TEXT, _LOCAL, "detectLocal.interfaceNamePrefix"
     )
     masquerade_all: bool = unused(False, "masquerade-all", SWITCH, _MASQUERADE, "iptables.masqueradeAll")
     iptables_masquerade_bit: int = unused(
