@@ -32,6 +32,8 @@ from userspace_proxy.sources.store import Object, Refused, Store
 logger = logging.getLogger(__name__)
 
 ZONE = "topology.kubernetes.io/zone"
+TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
+"""The taint by which the autoscaler announces that a node goes."""
 NAMELESS = ""
 """Stands for all objects whose name cannot be told."""
 BATCH = 200
@@ -115,9 +117,14 @@ class _NodeFeed:
         self.flush = flush
 
     def read(self, value: object) -> Node:
-        labels: Any = value.get("metadata", {}).get("labels") if isinstance(value, dict) else None
-        zone = labels.get(ZONE) if isinstance(labels, dict) else None
-        return Node(self.node.name, zone if isinstance(zone, str) else "")
+        metadata, spec = _mapping(value, "metadata"), _mapping(value, "spec")
+        zone = _mapping(metadata, "labels").get(ZONE)
+        taints = spec.get("taints")
+        leaving = bool(metadata.get("deletionTimestamp")) or any(
+            isinstance(taint, dict) and taint.get("key") == TO_BE_DELETED
+            for taint in (taints if isinstance(taints, list) else ())
+        )
+        return Node(self.node.name, zone if isinstance(zone, str) else "", leaving)
 
     async def replace(self, items: Sequence[Node]) -> None:
         if not items:
@@ -138,6 +145,11 @@ class _NodeFeed:
     def failed(self) -> None:
         self.settled = True
         self.flush()
+
+
+def _mapping(value: object, field: str) -> dict[str, Any]:
+    found = value.get(field) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 class KubernetesSource:
