@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
-from userspace_proxy import host
+from userspace_proxy import __version__, host
 from userspace_proxy.admin.debugging import add_debugging
 from userspace_proxy.admin.health import Health, HealthPages, is_fresh
 from userspace_proxy.admin.healthchecks import Checked, HealthChecks
@@ -36,7 +36,7 @@ from userspace_proxy.proxier import Proxier
 from userspace_proxy.sockets.base import RESERVE
 from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sources import choose as sources
-from userspace_proxy.sources.base import Source
+from userspace_proxy.sources.base import Event, Source
 from userspace_proxy.table import render
 from userspace_proxy.tuning import cpus, set_oom_score, tune_conntrack
 from userspace_proxy.workers.messages import Start
@@ -125,6 +125,7 @@ class App:
         """
         sys.setswitchinterval(SWITCH)
         self._signals.reload = self._source.reload
+        self._source.tell(Event("Starting", "StartKubeProxy", f"userspace-proxy {__version__} starts"))
         gc.disable()  # until the first sync is done: all that is made before is there to stay
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -212,7 +213,12 @@ class App:
         self._health_checks.publish(snapshot)
 
     def _no_health_check(self, checked: Checked, problem: str) -> None:
-        """Load balancers will not send this node traffic of the Service."""
+        """Load balancers will send this node no traffic of the Service."""
+        event = Event("FailedToStartServiceHealthcheck", "Listen", problem, True, checked.namespace, checked.name)
+        self._source.tell(event)
+
+    def _no_probes(self, problem: str) -> None:
+        self._source.tell(Event("FailedToStartProxierHealthcheck", "StartKubeProxy", problem, warning=True))
 
     def _admin_servers(self) -> Iterator[AdminServer]:
         config = self._config
@@ -223,6 +229,7 @@ class App:
                 config.healthz_bind_address,
                 health.app(),
                 hard_fail=config.bind_address_hard_fail,
+                failed=self._no_probes,
             )
         if config.metrics_bind_address:
             views = Views(self._exposition, config.configz, self._proxier.report, self._data_path.sessions)

@@ -16,14 +16,17 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources import answers
 from userspace_proxy.sources.answers import ENDPOINT_SLICES, ENDPOINTS, SERVICES, Pace, Randomness, Unreadable
-from userspace_proxy.sources.base import Publish
+from userspace_proxy.sources.base import Event, Publish
 from userspace_proxy.sources.connection import Connection
+from userspace_proxy.sources.events import Events
 from userspace_proxy.sources.objects import Identity, decode, identify
 from userspace_proxy.sources.reflector import Reflector
 from userspace_proxy.sources.saved import SavedState
@@ -179,6 +182,7 @@ class KubernetesSource:
         self._services = _ObjectFeed(self._store, self._flush, self._away.set)
         self._endpoints = _ObjectFeed(self._store, self._flush, self._away.set)
         self._node = _NodeFeed(node_name, self._flush)
+        self._events = Events(connection, node_name, partial(datetime.now, UTC))
         self._reflectors: tuple[Reflector[Any], ...] = (
             Reflector(connection, [SERVICES], self._services, pace, clock, rng),
             Reflector(
@@ -198,6 +202,7 @@ class KubernetesSource:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run(), name="reflector")
                 tasks.create_task(self._publish_again(), name="resync")
+                tasks.create_task(self._events.run(), name="events")
                 if self._saved is not None:
                     tasks.create_task(self._serve_saved(self._saved), name="saved state")
                     tasks.create_task(self._save_changes(self._saved), name="save state")
@@ -205,6 +210,9 @@ class KubernetesSource:
             await self._connection.close()
             if self._saved is not None and self._changed.is_set() and self._snapshot is not None:
                 self._save(self._saved, self._snapshot)
+
+    def tell(self, event: Event) -> None:
+        self._events.tell(event)
 
     def reload(self) -> None:
         for reflector in self._reflectors:
