@@ -46,7 +46,7 @@ _ABORT = struct.pack("ii", 1, 0)
 @dataclass(frozen=True)
 class Request:
     verb: str
-    """list or watch."""
+    """list, watch or create."""
     kind: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
@@ -141,6 +141,8 @@ class APIServer:
         """Kinds."""
         self.gone_by_status = False
         """Tell 410 by the status of the answer, not by an event."""
+        self.made: list[tuple[str, Object]] = []
+        """Where and what clients have created: events."""
         self.users: list[str] = []
         """The subjects of the client certificates that were shown."""
         self._tls = tls
@@ -252,6 +254,18 @@ class APIServer:
             self._list(handler, request)
         else:
             self._watch(handler, request, manner)
+
+    def take(self, handler: _Handler, content: Object) -> None:
+        """Something that a client wants to have made; kept beside what is listed."""
+        request = Request("create", content["kind"], {}, dict(handler.headers))
+        manner = self.manner(request)
+        handler.wire.begin(manner)
+        if manner.status != 200:
+            handler.refuse(manner.status, manner.message, manner.headers)
+            return
+        handler.send(json.dumps(content).encode(), 201)
+        with self._changed:
+            self.made.append((handler.path, content))
 
     def _list(self, handler: _Handler, request: Request) -> None:
         limit = int(request.query.get("limit", 0))
@@ -398,6 +412,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.api.answer(self)
+
+    def do_POST(self) -> None:
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.api.take(self, content)
 
     def send(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

@@ -321,9 +321,16 @@ def test_a_capture_that_fails_is_told_and_tried_again(run: Run, caplog: pytest.L
             b.proxier.publish(Snapshot({WEB: tcp()}, {WEB: ALIVE}))
             await asyncio.sleep(0.15)
             assert b.proxier.progress.capture_error == "no more rules today"
+            since = b.proxier.progress.troubled_since
+            assert since is not None
+            assert b.proxier.progress.last_sync is None
+            await asyncio.sleep(0.1)
+            assert b.proxier.progress.troubled_since == since
             b.capture.error = ""
             await asyncio.sleep(0.1)
             assert b.proxier.progress.capture_error == ""
+            assert b.proxier.progress.troubled_since is None
+            assert b.proxier.progress.last_sync is not None
             assert len(b.capture.redirects) == 1
 
     run(main())

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
-from userspace_proxy import host
+from userspace_proxy import __version__, host
 from userspace_proxy.admin.debugging import add_debugging
-from userspace_proxy.admin.health import Health, HealthPages
+from userspace_proxy.admin.health import Health, HealthPages, is_fresh
+from userspace_proxy.admin.healthchecks import Checked, HealthChecks
 from userspace_proxy.admin.metrics import Views
 from userspace_proxy.admin.servers import AdminServer
 from userspace_proxy.capture.base import Capture
@@ -30,12 +31,12 @@ from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.features import gated
 from userspace_proxy.logs import set_verbosity
 from userspace_proxy.metrics import Metrics, Outcome
-from userspace_proxy.model import Protocol
+from userspace_proxy.model import Protocol, Snapshot
 from userspace_proxy.proxier import Proxier
 from userspace_proxy.sockets.base import RESERVE
 from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sources import choose as sources
-from userspace_proxy.sources.base import Source
+from userspace_proxy.sources.base import Event, Source
 from userspace_proxy.table import render
 from userspace_proxy.tuning import cpus, set_oom_score, tune_conntrack
 from userspace_proxy.workers.messages import Start
@@ -115,6 +116,7 @@ class App:
             after_sync=lambda: self._data_path.fit(self._proxier.descriptors),
             most_descriptors=limit - min(2 * RESERVE, limit // 2),
         )
+        self._health_checks = HealthChecks(self._is_healthy, config.nodeport_addresses, self._no_health_check)
 
     async def run(self) -> Config | None:
         """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now.
@@ -123,13 +125,15 @@ class App:
         """
         sys.setswitchinterval(SWITCH)
         self._signals.reload = self._source.reload
+        self._source.tell(Event("Starting", "StartKubeProxy", f"userspace-proxy {__version__} starts"))
         gc.disable()  # until the first sync is done: all that is made before is there to stay
         try:
             async with asyncio.TaskGroup() as tasks:
                 if isinstance(self._data_path, Pool):
                     tasks.create_task(self._data_path.run(), name="workers")
-                publish = gated(self._proxier.publish, self._config.is_on)
+                publish = gated(self._publish, self._config.is_on)
                 tasks.create_task(self._source.run(publish), name="source")
+                tasks.create_task(self._health_checks.run(), name="health checks")
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
@@ -204,6 +208,18 @@ class App:
         while await asyncio.to_thread(host.undelivered, ports):  # noqa: ASYNC110 - the kernel tells nobody
             await asyncio.sleep(UNDELIVERED)
 
+    def _publish(self, snapshot: Snapshot) -> None:
+        self._proxier.publish(snapshot)
+        self._health_checks.publish(snapshot)
+
+    def _no_health_check(self, checked: Checked, problem: str) -> None:
+        """Load balancers will send this node no traffic of the Service."""
+        event = Event("FailedToStartServiceHealthcheck", "Listen", problem, True, checked.namespace, checked.name)
+        self._source.tell(event)
+
+    def _no_probes(self, problem: str) -> None:
+        self._source.tell(Event("FailedToStartProxierHealthcheck", "StartKubeProxy", problem, warning=True))
+
     def _admin_servers(self) -> Iterator[AdminServer]:
         config = self._config
         if config.healthz_bind_address:
@@ -213,6 +229,7 @@ class App:
                 config.healthz_bind_address,
                 health.app(),
                 hard_fail=config.bind_address_hard_fail,
+                failed=self._no_probes,
             )
         if config.metrics_bind_address:
             views = Views(self._exposition, config.configz, self._proxier.report, self._data_path.sessions)
@@ -227,13 +244,19 @@ class App:
             )
 
     def _health(self) -> Health:
-        progress = self._proxier.progress
+        progress, node = self._proxier.progress, self._proxier.node
         return Health(
             last_sync=progress.last_sync,
             waiting_since=progress.waiting_since,
             trouble=progress.capture_error and f"capture {self._capture.name}: {progress.capture_error}",
+            troubled_since=progress.troubled_since,
             draining=self._signals.stop.is_set(),
+            leaving=node is not None and node.leaving,
         )
+
+    def _is_healthy(self) -> bool:
+        health = self._health()
+        return is_fresh(health, time.monotonic(), 2 * self._config.iptables_sync_period) and not health.draining
 
     async def _exposition(self) -> tuple[bytes, str]:
         self._metrics.refused_objects.set(len(self._source.problems))

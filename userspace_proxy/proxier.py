@@ -33,6 +33,7 @@ from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.metrics import Metrics
 from userspace_proxy.model import (
     IPFamily,
+    Node,
     Portal,
     Protocol,
     ServicePort,
@@ -77,6 +78,8 @@ class Progress:
     last_sync: float | None = None
     waiting_since: float | None = None
     capture_error: str = ""
+    troubled_since: float | None = None
+    """Since when the capture has failed; None: it works."""
     first_sync: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -207,7 +210,10 @@ class Proxier:
         self.progress.capture_error = self._captured.error
         # What came meanwhile waits for the next sync.
         self.progress.waiting_since = started if self._due.is_set() else None
-        self.progress.last_sync = self._clock()
+        if not self.progress.capture_error:
+            self.progress.last_sync, self.progress.troubled_since = self._clock(), None
+        elif self.progress.troubled_since is None:
+            self.progress.troubled_since = started
         self._metrics.last_sync.set_to_current_time()
         self._metrics.service_port_errors.set(len(self._serving.problems))
         if self._serving.problems or self.progress.capture_error:
@@ -369,6 +375,11 @@ class Proxier:
         self._serving.close_all()
 
     # -- what is told
+
+    @property
+    def node(self) -> Node | None:
+        """This node, as last told of."""
+        return self._snapshot.node if self._snapshot else None
 
     @property
     def descriptors(self) -> int:

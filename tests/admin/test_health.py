@@ -14,6 +14,8 @@ PATIENCE = 60.0
 NOW = 1000.0
 FINE = Health(last_sync=NOW - 5)
 STUCK = Health(last_sync=NOW - 90, waiting_since=NOW - 61)
+STALE = Health(last_sync=NOW - 90, trouble="no rules", troubled_since=NOW - 61)
+LEAVING = Health(last_sync=NOW, leaving=True)
 
 
 def ask(run, path, health, method="GET"):
@@ -70,6 +72,11 @@ def test_readyz(run):
         ("/healthz", FINE, 200),
         ("/healthz", STUCK, 503),
         ("/healthz", Health(last_sync=NOW, draining=True), 503),
+        ("/healthz", LEAVING, 503),
+        ("/healthz", Health(last_sync=NOW - 61, troubled_since=NOW - 60), 200),
+        ("/healthz", STALE, 503),
+        ("/livez", LEAVING, 200),
+        ("/livez", STALE, 200),
         ("/livez", FINE, 200),
         ("/livez", STUCK, 503),
         ("/livez", Health(last_sync=NOW, draining=True), 200),
@@ -104,6 +111,15 @@ def test_while_stuck_the_last_sync_is_told_in_wall_time(run):
 def test_stuck_before_the_first_sync_there_is_no_time_to_tell(run):
     body = json.loads(ask(run, "/healthz", Health(waiting_since=0.0)).text)
     assert body["lastUpdated"] == "0001-01-01 00:00:00 +0000 UTC"
+
+
+def test_a_node_that_leaves_is_ineligible_and_nothing_is_wrong_with_its_rules(run):
+    body = json.loads(ask(run, "/healthz", LEAVING).text)
+    assert body["nodeEligible"] is False
+    assert body["lastUpdated"] == body["currentTime"]
+    body = json.loads(ask(run, "/healthz", STALE).text)
+    assert body["nodeEligible"] is True
+    assert body["lastUpdated"] < body["currentTime"]
 
 
 def test_draining_makes_the_node_ineligible(run):

@@ -24,8 +24,9 @@ PACE = Pace(first_delay=0.01, longest_delay=0.05, shortest_watch=0.0, stall=5.0,
 """As patient as tests are."""
 
 
-def node_object(zone: str = "zone-a", name: str = NODE) -> Object:
-    return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {ZONE: zone}}}
+def node_object(zone: str = "zone-a", name: str = NODE, *, taint: str = "", **metadata: str) -> Object:
+    value: Object = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {ZONE: zone}, **metadata}}
+    return value | {"spec": {"taints": [{"key": taint, "effect": "NoSchedule"}]}} if taint else value
 
 
 class Follower:

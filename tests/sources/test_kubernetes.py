@@ -73,6 +73,14 @@ def test_lists_then_follows(api: APIServer, run: Run) -> None:
             await eventually(lambda: follower.services == ["dns"])
             api.put(node_object("zone-b"))
             await eventually(lambda: follower.last.node == Node(NODE, "zone-b"))
+            for value in (
+                node_object(taint="ToBeDeletedByClusterAutoscaler"),
+                node_object(deletionTimestamp="2026-11-21T11:00:00Z"),
+            ):
+                api.put(value)
+                await eventually(lambda: follower.last.node == Node(NODE, "zone-a", leaving=True))
+                api.put(node_object(taint="node.kubernetes.io/unschedulable"))
+                await eventually(lambda: follower.last.node == Node(NODE, "zone-a"))
             assert follower.last == meant(api)
             assert {len(follower.source.problems)} == {0}
 

@@ -1,9 +1,10 @@
 """What probes ask: /healthz, /livez and /readyz.
 
 Three questions with different consequences. *Live*: does the control loop get its work done? If not, a
-restart may help. *Healthy*: is it live, and should load balancers send this node traffic? Not while it
-drains. *Ready*: is everything served that was asked for? The verdicts are pure functions of a `Health`,
-which whoever runs the control loop makes.
+restart may help. *Healthy*: should load balancers send this node traffic? Not while it drains, while the node is
+being deleted, or when the rules are old because the kernel refuses new ones, which no restart helps. *Ready*: is
+everything served that was asked for? The verdicts are pure functions of a `Health`, which whoever runs the control
+loop makes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ class Health:
     """Since when the oldest change or due sync has waited to be synced; None: nothing waits."""
     trouble: str = ""
     """What keeps traffic from being served as a whole, in one line: the capture fails. Empty: nothing does."""
+    troubled_since: float | None = None
+    """Since when that has been so; None: it is not."""
     draining: bool = False
+    leaving: bool = False
+    """The node is being deleted."""
+
+
+def is_fresh(health: Health, now: float, patience: float) -> bool:
+    """Live, and what is in the kernel is not old."""
+    stale = health.troubled_since is not None and now - health.troubled_since > patience
+    return is_live(health, now, patience) and not stale
 
 
 def is_live(health: Health, now: float, patience: float) -> bool:
@@ -61,28 +72,29 @@ class HealthPages:
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         health = self._health()
-        return self._report(health, not health.draining, {"nodeEligible": not health.draining})
+        eligible = not (health.draining or health.leaving)
+        return self._report(health, is_fresh(health, self._clock(), self._patience), eligible, nodeEligible=eligible)
 
     async def _livez(self, _request: web.Request) -> web.Response:
-        return self._report(self._health(), True, {})
+        health = self._health()
+        return self._report(health, is_live(health, self._clock(), self._patience), True)
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         reason = why_not_ready(self._health())
         return web.Response(status=503 if reason else 200, text=reason or "ok")
 
-    def _report(self, health: Health, eligible: bool, more: dict[str, bool]) -> web.Response:
+    def _report(self, health: Health, fresh: bool, eligible: bool, **more: bool) -> web.Response:
         """kube-proxy's answer: two wall-clock times, equal while all is well."""
         now = self._clock()
         wall = datetime.datetime.now(datetime.UTC)
-        live = is_live(health, now, self._patience)
-        if live:
+        if fresh:
             updated = _go_time(wall)
         elif health.last_sync is None:
             updated = "0001-01-01 00:00:00 +0000 UTC"
         else:
             updated = _go_time(wall - datetime.timedelta(seconds=now - health.last_sync))
         body = msgspec.json.encode({"lastUpdated": updated, "currentTime": _go_time(wall), **more})
-        return web.Response(status=200 if live and eligible else 503, body=body, content_type="application/json")
+        return web.Response(status=200 if fresh and eligible else 503, body=body, content_type="application/json")
 
 
 def _go_time(moment: datetime.datetime) -> str:

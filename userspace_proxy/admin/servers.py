@@ -35,13 +35,24 @@ GRACE = 1.0
 class AdminServer:
     """One address, one application.
 
-    `flag` names the flag that set the address, for messages. With `hard_fail` an address that cannot be
-    listened on ends `run`; otherwise it is tried again every `retry` seconds, for as long as `run` runs.
+    `flag` names the flag that set the address, for messages, which close with `advice`. With `hard_fail` an address
+    that cannot be listened on ends `run`; otherwise `failed` is told and it is tried again every `retry` seconds, for
+    as long as `run` runs.
     """
 
     def __init__(
-        self, flag: str, address: tuple[str, int], app: web.Application, *, hard_fail: bool, retry: float = RETRY
+        self,
+        flag: str,
+        address: tuple[str, int],
+        app: web.Application,
+        *,
+        hard_fail: bool,
+        retry: float = RETRY,
+        advice: str = "",
+        failed: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._advice = advice or f"end what has this address, or write another one, or {flag}= for no such server"
+        self._failed = failed
         self._flag = flag
         self._ip, self._port = address
         self._app = app
@@ -77,13 +88,12 @@ class AdminServer:
                 return listen(self._ip, self._port)
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else str(error)  # create_server adds the address
-                problem = (
-                    f"{self._flag}: cannot listen on {join_host_port(self._ip, self._port)}: {reason}; "
-                    f"end what has this address, or write another one, or {self._flag}= for no such server"
-                )
+                where = join_host_port(self._ip, self._port)
+                problem = f"{self._flag}: cannot listen on {where}: {reason}; {self._advice}"
                 if self._hard_fail:
                     raise ConfigError([problem]) from error
                 logger.warning("%s; trying again in %g s", problem, self._retry)
+                self._failed(problem)
             await asyncio.sleep(self._retry)
 
 

@@ -10,11 +10,25 @@ from __future__ import annotations
 import asyncio
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from userspace_proxy.model import Snapshot
 
 Publish = Callable[[Snapshot], None]
 """Called on the event loop's thread with each new state, oldest first. It must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a cluster should hear of: about this node, or about a Service."""
+
+    reason: str
+    action: str
+    note: str
+    warning: bool = False
+    namespace: str = ""
+    service: str = ""
+    """Empty: it is about the node."""
 
 
 class Source(typing.Protocol):
@@ -27,6 +41,9 @@ class Source(typing.Protocol):
 
     def reload(self) -> None:
         """Read everything anew and publish it, even where no change was noticed (SIGHUP)."""
+
+    def tell(self, event: Event) -> None:
+        """Have the cluster hear of something, where there is one; at once, later, or never."""
 
 
 async def first(source: Source) -> Snapshot:

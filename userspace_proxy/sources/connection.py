@@ -135,14 +135,16 @@ class _Client:
         return any(_stamp(file) != stamp for file, stamp in self._files.items())
 
     @asynccontextmanager
-    async def get(
-        self, path: str, query: Mapping[str, str], timeout: aiohttp.ClientTimeout
+    async def ask(
+        self, path: str, query: Mapping[str, str], content: object, timeout: aiohttp.ClientTimeout
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         self._requests += 1
         try:
-            response = await self._session.get(
+            response = await self._session.request(
+                "GET" if content is None else "POST",
                 self.url + path,
                 params=query,
+                json=content,
                 headers=await self._headers(),
                 proxy=None if self._over_socks else self._configuration.proxy,
                 server_hostname=self._configuration.tls_server_name,
@@ -198,14 +200,19 @@ class Connection:
         return access.master or found or _check_service_account(access.service_account)
 
     @asynccontextmanager
-    async def request(self, path: str, query: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer to a GET, its body not yet read. Raises APIError where none comes or it breaks off."""
+    async def request(
+        self, path: str, query: Mapping[str, str], content: object = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer to a GET, or to a POST of `content`; its body is not yet read.
+
+        Raises APIError where none comes or it breaks off.
+        """
         url = self._access.master or self._access.kubeconfig or "the cluster"
         try:
             client = await self._load()
             url = client.url
             await asyncio.sleep(self._throttle.delay())
-            async with client.get(path, query, self._timeout) as response:
+            async with client.ask(path, query, content, self._timeout) as response:
                 if response.status == 401:
                     self._rejected = client
                 yield response

@@ -16,14 +16,17 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources import answers
 from userspace_proxy.sources.answers import ENDPOINT_SLICES, ENDPOINTS, SERVICES, Pace, Randomness, Unreadable
-from userspace_proxy.sources.base import Publish
+from userspace_proxy.sources.base import Event, Publish
 from userspace_proxy.sources.connection import Connection
+from userspace_proxy.sources.events import Events
 from userspace_proxy.sources.objects import Identity, decode, identify
 from userspace_proxy.sources.reflector import Reflector
 from userspace_proxy.sources.saved import SavedState
@@ -32,6 +35,8 @@ from userspace_proxy.sources.store import Object, Refused, Store
 logger = logging.getLogger(__name__)
 
 ZONE = "topology.kubernetes.io/zone"
+TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
+"""The taint by which the autoscaler announces that a node goes."""
 NAMELESS = ""
 """Stands for all objects whose name cannot be told."""
 BATCH = 200
@@ -115,9 +120,14 @@ class _NodeFeed:
         self.flush = flush
 
     def read(self, value: object) -> Node:
-        labels: Any = value.get("metadata", {}).get("labels") if isinstance(value, dict) else None
-        zone = labels.get(ZONE) if isinstance(labels, dict) else None
-        return Node(self.node.name, zone if isinstance(zone, str) else "")
+        metadata, spec = _mapping(value, "metadata"), _mapping(value, "spec")
+        zone = _mapping(metadata, "labels").get(ZONE)
+        taints = spec.get("taints")
+        leaving = bool(metadata.get("deletionTimestamp")) or any(
+            isinstance(taint, dict) and taint.get("key") == TO_BE_DELETED
+            for taint in (taints if isinstance(taints, list) else ())
+        )
+        return Node(self.node.name, zone if isinstance(zone, str) else "", leaving)
 
     async def replace(self, items: Sequence[Node]) -> None:
         if not items:
@@ -138,6 +148,11 @@ class _NodeFeed:
     def failed(self) -> None:
         self.settled = True
         self.flush()
+
+
+def _mapping(value: object, field: str) -> dict[str, Any]:
+    found = value.get(field) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 class KubernetesSource:
@@ -167,6 +182,7 @@ class KubernetesSource:
         self._services = _ObjectFeed(self._store, self._flush, self._away.set)
         self._endpoints = _ObjectFeed(self._store, self._flush, self._away.set)
         self._node = _NodeFeed(node_name, self._flush)
+        self._events = Events(connection, node_name, partial(datetime.now, UTC))
         self._reflectors: tuple[Reflector[Any], ...] = (
             Reflector(connection, [SERVICES], self._services, pace, clock, rng),
             Reflector(
@@ -186,6 +202,7 @@ class KubernetesSource:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run(), name="reflector")
                 tasks.create_task(self._publish_again(), name="resync")
+                tasks.create_task(self._events.run(), name="events")
                 if self._saved is not None:
                     tasks.create_task(self._serve_saved(self._saved), name="saved state")
                     tasks.create_task(self._save_changes(self._saved), name="save state")
@@ -193,6 +210,9 @@ class KubernetesSource:
             await self._connection.close()
             if self._saved is not None and self._changed.is_set() and self._snapshot is not None:
                 self._save(self._saved, self._snapshot)
+
+    def tell(self, event: Event) -> None:
+        self._events.tell(event)
 
     def reload(self) -> None:
         for reflector in self._reflectors:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from userspace_proxy.exceptions import ConfigError
 from userspace_proxy.model import Node, Snapshot
-from userspace_proxy.sources.base import Publish
+from userspace_proxy.sources.base import Event, Publish
 from userspace_proxy.sources.documents import SyntaxProblem
 from userspace_proxy.sources.inotify import Changes
 from userspace_proxy.sources.reading import Known, read
@@ -83,6 +83,9 @@ class ManifestSource:
                     self._everywhere = True  # something may have changed while nobody was looking
                 else:
                     await self._wake.wait()
+
+    def tell(self, event: Event) -> None:
+        """There is nobody to tell; the log has it."""
 
     def reload(self) -> None:
         self._reload = True
