@@ -18,12 +18,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.control import SIZES as SERVICES
 from bench.loads.http import CONCURRENT, by_connections
-from bench.plan import FLOWS, IDLE, KEEP_ALIVE, SIZES, STREAMS
+from bench.plan import FLOWS, IDLE, KEEP_ALIVE, SIZES, STREAMS, TWO_WORKERS
 from bench.results import CLUSTER, OURS, STRAIGHT, Cell, Results, Spread, short
 from bench.services import BODIES
 
 COLOURS = {
     OURS: "#d55e00",
+    TWO_WORKERS: "#f4a570",
     "haproxy": "#0072b2",
     "haproxy-splice": "#56b4e9",
     "haproxy-2": "#003f66",

@@ -27,6 +27,8 @@ SIZES = (64, 512, 1400)
 FLOWS = (16, 1000)
 RATE = 10000
 COMPARED = (OURS, "haproxy", "direct")
+TWO_WORKERS = f"{OURS}-2"
+"""As HAProxy with two threads: what it gains shows where there are more CPUs than it and its clients need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ GROUPS: Sequence[Group] = (
         "Requests over connections that stay",
         "haproxy",
         [KeepAlive(connections) for connections in KEEP_ALIVE],
-        {Way.STRAIGHT: (OURS, "haproxy", "haproxy-2", "nginx", "socat", "direct"), Way.CLUSTER: COMPARED},
+        {Way.STRAIGHT: (OURS, TWO_WORKERS, "haproxy", "haproxy-2", "nginx", "socat", "direct"), Way.CLUSTER: COMPARED},
     ),
     Group(
         "sizes",
@@ -63,7 +65,7 @@ GROUPS: Sequence[Group] = (
         "A connection for each request",
         "haproxy",
         [Connections("1 endpoint", "http")],
-        {Way.STRAIGHT: (OURS, "haproxy", "haproxy-2", "nginx", "socat", "direct"), Way.CLUSTER: COMPARED},
+        {Way.STRAIGHT: (OURS, TWO_WORKERS, "haproxy", "haproxy-2", "nginx", "socat", "direct"), Way.CLUSTER: COMPARED},
     ),
     Group(
         "dead",
@@ -119,6 +121,7 @@ def peers(place: Sequence[str]) -> Mapping[str, Callable[[], Peer]]:
     anywhere = namespace.anywhere()
     found: dict[str, Callable[[], Peer]] = {
         OURS: lambda: UserspaceProxy(place),
+        TWO_WORKERS: lambda: UserspaceProxy(anywhere, name=TWO_WORKERS, flags=("--workers=2",), metrics_port=9800),
         "haproxy": lambda: others.HAProxy("haproxy", place, 9100),
         "haproxy-splice": lambda: others.HAProxy("haproxy-splice", place, 9200, splice=True),
         "haproxy-2": lambda: others.HAProxy("haproxy-2", anywhere, 9300, threads=2),
@@ -128,7 +131,7 @@ def peers(place: Sequence[str]) -> Mapping[str, Callable[[], Peer]]:
         "direct": Direct,
     }
     for number, (name, command) in enumerate(others.from_environment().items()):
-        found[name] = _command(name, command, place, 9700 + 10 * number)
+        found[name] = _command(name, command, place, 9900 + 10 * number)
     return found
 
 
