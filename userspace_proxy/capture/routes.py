@@ -70,11 +70,17 @@ class Routes:
         Says what went wrong, one line an address. Without `reread`, only new addresses are looked at.
         """
         wanted = set(ips)
-        problems = self._change(_DELETE_ROUTE, sorted(self._ours - wanted))
-        unrouted = [ip for ip in sorted(wanted - self._seen) if not self._is_routed(ip)]
+        return self.change((self._seen | self._ours) - wanted, wanted)
+
+    def change(self, gone: Collection[str], new: Collection[str]) -> list[str]:
+        """The same, told as the difference to the addresses before; its cost is the difference's alone."""
+        problems = self._change(_DELETE_ROUTE, sorted(ip for ip in gone if ip in self._ours))
+        self._ours.difference_update(gone)
+        self._seen.difference_update(gone)
+        unrouted = sorted(ip for ip in new if ip not in self._seen and not self._is_routed(ip))
         problems += self._change(_NEW_ROUTE, unrouted)
-        self._ours = (self._ours & wanted) | set(unrouted)
-        self._seen = wanted
+        self._ours.update(unrouted)
+        self._seen.update(new)
         return problems
 
     def _is_routed(self, ip: str) -> bool:
