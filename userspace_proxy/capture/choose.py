@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from userspace_proxy.capture import iptables, nftables
+from userspace_proxy.capture import iptables, local, nftables
 from userspace_proxy.capture.base import Capture
 from userspace_proxy.capture.none import NoCapture
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
@@ -39,6 +39,7 @@ _WAYS: Mapping[str, Way] = {
         lambda bind, cidrs, inside: nftables.NFTables(bind_address=bind, nodeport_cidrs=cidrs, inside=inside),
         nftables.cleanup,
     ),
+    "local": Way(lambda bind, cidrs, inside: local.Local(bind_address=bind), local.cleanup),
     "none": Way(lambda bind, cidrs, inside: NoCapture()),
 }
 """In the order in which `auto` tries them; the last one works everywhere."""

@@ -37,7 +37,7 @@ class Upkeep:
     def take_over(self) -> list[str]:
         """Nothing is redirected yet, and nothing of an earlier run is to be left."""
         self._begun = True
-        return self._routes.serve(()) + self._flush_stale()
+        return [*self._routes.serve(()).values(), *self._flush_stale()]
 
     def follow(self, gone: Iterable[Redirect], new: Iterable[Redirect], *, thoroughly: bool) -> list[str]:
         """These redirects are in force no more, and these are. `thoroughly`: look at every address again."""
@@ -64,11 +64,11 @@ class Upkeep:
             problems = self._routes.serve([ip for ip in self._ips if ip])
         else:
             problems = self._routes.change([ip for ip in gone_ips if ip not in self._ips], new_ips - {""})
-        return problems + self._flush_stale()
+        return [*problems.values(), *self._flush_stale()]
 
     def end(self) -> tuple[list[str], list[str]]:
         """Leave nothing behind: what could not be removed, and what else there is to say."""
-        problems = self._routes.serve(())
+        problems = list(self._routes.serve(()).values())
         self._routes.close()
         return problems, flush(self._family, dict.fromkeys(self._stale | self._ports.keys(), 0))
 

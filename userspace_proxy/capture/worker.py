@@ -156,7 +156,7 @@ def clean_up(family: IPFamily) -> Reply:
         except XtablesError as error:
             problems.append(str(error))
     routes = Routes(family)
-    problems += routes.serve(())
+    problems += routes.serve(()).values()
     routes.close()
     return Reply(notes=tuple(flush(family, dict.fromkeys(places, 0))), error="; ".join(problems))
 

@@ -14,6 +14,7 @@ class CaptureWay(enum.StrEnum):
     AUTO = "auto"
     IPTABLES = "iptables"
     NFTABLES = "nftables"
+    LOCAL = "local"
     NONE = "none"
 
 
@@ -39,8 +40,10 @@ class OwnSettings:
         choice(CaptureWay),
         OWN,
         "How the traffic of service addresses is made to reach the proxy ports. iptables: rules in the "
-        "legacy nat table. nftables: a table of its own. Both need root. none: not at all; clients connect to the "
-        "proxy ports, which the log and /services tell. auto: the first of these that works here.",
+        "legacy nat table. nftables: a table of its own. Both need root. local: without netfilter; the addresses "
+        "become this host's own, which needs root except for loopback addresses, and are listened on. none: not at "
+        "all; clients connect to the proxy ports, which the log and /services tell. auto: the first of these that "
+        "works here.",
     )
     state_dir: pathlib.Path | None = setting(
         None,
