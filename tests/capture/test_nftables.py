@@ -59,8 +59,8 @@ def test_a_foreign_flush_is_repaired_at_once(captured, node, caplog):
     assert ruleset(node) == before
     captured.run(asyncio.sleep(0.05))
     assert "our IPv4 table was changed by nft (pid " in caplog.text
-    # It is told with the next sync; 2 elements, 3 chains and 8 rules; 1, 3 and 8.
-    assert captured.change([], []).repaired == 13 + 12
+    # It is told with the next sync: 3 elements, and in each family 4 chains and 20 rules.
+    assert captured.change([], []).repaired == 3 + 2 * 24
     assert captured.change([], []).repaired == 0
 
 
@@ -69,7 +69,7 @@ def test_a_foreign_flush_is_repaired_at_once(captured, node, caplog):
     [
         "flush map ip userspace-proxy portals",
         "add element ip userspace-proxy portals { 10.96.0.66 . tcp . 80 : 6666 }",
-        "insert rule ip userspace-proxy services accept",
+        "insert rule ip userspace-proxy inside accept",
         "flush chain ip userspace-proxy output",
         "add chain ip userspace-proxy mine",
         "delete table ip userspace-proxy",

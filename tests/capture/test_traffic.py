@@ -10,6 +10,7 @@ import pytest
 
 from tests.capture.captured import PROXY_PORT, V4, V6, WAYS, Captured, is_refused, listening, reach
 from tests.capture.conversation import CLUSTER_IP, node_port, redirect
+from tests.netns import Namespace
 from userspace_proxy.model import IPFamily, PortalKind, Protocol
 
 pytestmark = pytest.mark.privileged
@@ -113,3 +114,24 @@ def test_a_connection_outlives_withdraw_and_nothing_new_comes_in(captured, node,
         ends[3].sendall(b"too late")
         with pytest.raises((TimeoutError, ConnectionError)):
             assert ends[2].recv(100) == b""
+
+
+@pytest.mark.parametrize("family", IPFamily)
+def test_clients_inside_have_a_port_of_their_own(captured, node, client, family):
+    """The node itself, and a network that is told; portals without one are for everybody."""
+    captured.start(inside=["10.1.0.0/24", "10.0.0.0/8", "fd01::/64"])
+    balanced = redirect(EXTERNAL[family], kind=PortalKind.LOAD_BALANCER_IP)._replace(inside_port=40002)
+    by_node_port = node_port(family=family)._replace(inside_port=40002)
+    captured.replace(balanced, by_node_port, redirect(CLUSTER_IP[family]))
+    with Namespace() as stranger:
+        node.connect(stranger, "192.0.2.1/24", "192.0.2.2/24", "fd02::1/64", "fd02::2/64")
+        stranger.run("ip route add default via 192.0.2.1")
+        stranger.run("ip -6 route add default via fd02::1")
+        with listening(node, family) as everybodys, listening(node, family, port=40002) as insiders:
+            for where, listener in ((node, insiders), (client, insiders), (stranger, everybodys)):
+                reach(where, (EXTERNAL[family], 80), listener)
+                reach(where, (VETH[family], 30080), listener)
+                reach(where, (CLUSTER_IP[family], 80), everybodys)
+    captured.replace(balanced._replace(inside_port=0))
+    with listening(node, family) as everybodys:
+        reach(node, (EXTERNAL[family], 80), everybodys)
