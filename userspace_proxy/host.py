@@ -111,6 +111,20 @@ def who_has(port: int) -> str:
     return ""
 
 
+def listeners_on_all_addresses() -> list[int]:
+    """The TCP ports that somebody listens at, wherever clients come to."""
+    ports = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
+            next(sockets)
+            for line in sockets:
+                _, local, _, state, *_ = line.split(maxsplit=4)
+                address, _, port = local.partition(":")
+                if state == "0A" and not address.strip("0"):
+                    ports.add(int(port, 16))
+    return sorted(ports)
+
+
 def raise_descriptor_limit() -> int:
     """Allow ourselves as many descriptors as we may; how many that is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

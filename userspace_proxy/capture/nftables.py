@@ -228,9 +228,9 @@ async def cleanup() -> None:
 def _advice(error: OSError) -> str:
     """The problem, and what to do about it where that is known."""
     if error.errno in (errno.EPERM, errno.EACCES):
-        return f"{error}: run as root, or with CAP_NET_ADMIN"
+        return f"{error.strerror}: run as root, or with CAP_NET_ADMIN"
     if error.errno in _MISSING:
-        return f"{error}: the kernel needs nf_tables, nft_nat, nft_redir, nft_fib_ipv4 and nft_fib_ipv6: see modprobe"
+        return f"{error.strerror}: the kernel needs nf_tables, nft_nat, nft_redir and nft_fib_inet: see modprobe"
     if error.errno == errno.EMSGSIZE:
-        return f"{error}: too many services for one transaction: raise net.core.wmem_max"
-    return str(error)
+        return f"{error.strerror}: too many services for one transaction: raise net.core.wmem_max"
+    return error.strerror or str(error)
