@@ -13,7 +13,16 @@ from tests.netns import Namespace, eventually
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome
-from userspace_proxy.model import Endpoint, IPFamily, Portal, PortalKind, Protocol, ServicePortName, SocketKey
+from userspace_proxy.model import (
+    Endpoint,
+    IPFamily,
+    Portal,
+    PortalKind,
+    Protocol,
+    ProxyProtocol,
+    ServicePortName,
+    SocketKey,
+)
 from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sockets.portals import PortalSockets
 
@@ -51,11 +60,11 @@ class Bench:
     def endpoints(self, *ports, family=V4):
         self.balancer.update([Endpoint(family.loopback, port) for port in ports])
 
-    async def ask(self, ip, port):
+    async def ask(self, ip, port, timeout=5):
         def ask():
             kind = socket.AF_INET6 if ":" in ip else socket.AF_INET
             with self.node.entered(), socket.socket(kind, KIND[self.protocol]) as client:
-                client.settimeout(5)
+                client.settimeout(timeout)
                 client.connect((ip, port))
                 client.send(b"hi")
                 return client.recv(100)
@@ -191,6 +200,41 @@ def test_an_address_that_is_not_this_hosts(node):
                 opened.admit({portal(ip)})
         opened.admit({portal("198.51.100.1", kind=PortalKind.EXTERNAL_IP)})
         assert bench.shared.listeners == 0
+        opened.close()
+
+    in_loop(node, main, Protocol.TCP)
+
+
+def test_who_is_heard_is_the_same_at_every_portal(node, protocol):
+    async def main(bench):
+        bench.endpoints(8081)
+        opened = bench.open()
+        opened.serve()
+        opened.admit({portal("127.96.0.10", protocol=protocol)})
+        opened.screen(())
+        opened.admit({portal(ip, protocol=protocol) for ip in ("127.96.0.10", "127.96.0.11")})
+        assert await bench.ask("127.96.0.10", 8080, 0.2) is TimeoutError
+        assert await bench.ask("127.96.0.11", 8080, 0.2) is TimeoutError
+        opened.screen(None)
+        assert await bench.ask("127.96.0.11", 8080) == b"1:hi"
+        opened.close()
+
+    in_loop(node, main, protocol)
+
+
+def test_clients_are_introduced_with_the_portal_they_came_to(node):
+    async def main(bench):
+        bench.endpoints(8081)
+        opened = bench.open()
+        opened.serve()
+        opened.speak(ProxyProtocol(version=1))
+        opened.admit({portal("127.96.0.10"), portal("127.96.0.11")})
+        opened.speak(ProxyProtocol(version=1))
+        for ip in ("127.96.0.10", "127.96.0.11"):
+            answer = await bench.ask(ip, 8080)
+            assert answer.startswith(b"1:PROXY TCP4 ")
+            assert f" {ip} ".encode() in answer
+            assert b" 8080\r\n" in answer
         opened.close()
 
     in_loop(node, main, Protocol.TCP)

@@ -17,7 +17,7 @@ from userspace_proxy import host
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
-from userspace_proxy.model import IPFamily, Portal, PortalKind, SocketKey, family_of, join_host_port
+from userspace_proxy.model import IPFamily, Portal, PortalKind, ProxyProtocol, SocketKey, family_of, join_host_port
 from userspace_proxy.sockets.base import ProxySocket, ProxySockets
 
 LOOK_AGAIN = 1.0
@@ -89,6 +89,7 @@ class PortalSocket:
         self._portals: frozenset[Portal] = frozenset()
         self._serving = False
         self._networks: Sequence[str] | None = None
+        self._proxy_protocol = ProxyProtocol()
         proxy_socket.admit(None)
 
     def serve(self) -> None:
@@ -103,6 +104,11 @@ class PortalSocket:
         self._networks = networks
         for listener in (self._proxy_socket, *self._listeners.values()):
             listener.screen(networks)
+
+    def speak(self, proxy_protocol: ProxyProtocol) -> None:
+        self._proxy_protocol = proxy_protocol
+        for listener in (self._proxy_socket, *self._listeners.values()):
+            listener.speak(proxy_protocol)
 
     def admit(self, portals: Collection[Portal] | None) -> None:
         """Listen at these, and nowhere else. Raises PortError for those that cannot be had; the others are open."""
@@ -140,6 +146,7 @@ class PortalSocket:
         listener = self._at(place)
         listener.admit(None)
         listener.screen(self._networks)
+        listener.speak(self._proxy_protocol)
         self._listeners[place] = listener
         self._shared.listeners += 1
 
