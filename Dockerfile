@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 #
-# As it is, the image runs as nobody in particular and captures nothing (--capture=auto settles for none):
+# As it is, the image runs as nobody in particular and serves addresses that the host has (--capture=auto settles for
+# local); those of a cluster take --cap-add NET_ADMIN as root:
 #
 #     docker run --network host -v ./manifests:/manifests:ro userspace-proxy --manifests /manifests
 #

@@ -14,6 +14,7 @@ class RecordingCapture:
 
     name = "recording"
     rewrites_destination = True
+    listens = False
 
     def __init__(self) -> None:
         self.redirects: frozenset[Redirect] = frozenset()

@@ -135,7 +135,7 @@ def test_an_admin_address_in_use_ends_it_where_that_is_asked_for(tmp_path: Path)
 
 
 @pytest.mark.privileged
-def test_without_root_auto_settles_for_none_and_iptables_says_what_is_missing() -> None:
+def test_without_root_auto_settles_for_local_and_iptables_says_what_is_missing() -> None:
     # Nobody cannot write to where coverage is measured either.
     nobody = "env -u COVERAGE_PROCESS_CONFIG setpriv --reuid=65534 --regid=65534 --clear-groups"
     # pytest's directories are its user's alone.
@@ -149,7 +149,8 @@ def test_without_root_auto_settles_for_none_and_iptables_says_what_is_missing() 
         assert "exit 1" in said
         said = node.run(f"sh -c '{nobody} timeout -s INT 3 {sys.executable} {flags}; echo exit $?'", check=False)
         assert "capture iptables does not work here" in said
-        assert "capture none" in said
+        assert "capture nftables does not work here" in said
+        assert "only addresses that this host has are served" in said
         assert "no service ports yet" in said
 
 

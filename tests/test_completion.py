@@ -51,9 +51,9 @@ def bash(words: str, scripts: Path) -> list[str]:
     [
         ("--capt", ["--capture"]),
         ("--half-close-timeout 5m --s", ["--splice", "--state-dir"]),
-        ("--capture =", ["auto", "iptables", "none"]),
+        ("--capture =", ["auto", "iptables", "local", "nftables", "none"]),
         ("--capture = i", ["iptables"]),
-        ("--capture n", ["none"]),
+        ("--capture n", ["nftables", "none"]),
         ("--manifests = we", ["web.yaml"]),
         ("--config we", ["web.yaml"]),
         ("--workers ''", []),
@@ -89,7 +89,8 @@ def test_zsh_knows_each_flag(scripts: Path) -> None:
     assert sorted(each.lstrip("*").partition("[")[0].rstrip("=") for each in specifications[:-1]) == FLAGS
     assert specifications[-1] == "1::command:(turn)"
     assert any(
-        each.startswith("--capture=[") and each.endswith("]:auto|iptables|none:(auto iptables none)")
+        each.startswith("--capture=[")
+        and each.endswith("]:auto|iptables|nftables|local|none:(auto iptables nftables local none)")
         for each in specifications
     )
     assert any(each.startswith("*--manifests=[") and each.endswith("]:PATH:_files") for each in specifications)

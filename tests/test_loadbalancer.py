@@ -253,7 +253,7 @@ class TestUpdate:
     def test_who_follows_is_told_of_every_change(self) -> None:
         balancer = Balancer(ONE, TWO)
         told: list[tuple[tuple[Address, ...], SessionAffinity, float]] = []
-        balancer.on_change = lambda: told.append((balancer.endpoints, balancer.affinity, balancer.affinity_timeout))
+        balancer.on_change = [lambda: told.append((balancer.endpoints, balancer.affinity, balancer.affinity_timeout))]
         balancer.update([TWO, ONE])
         assert not told
         balancer.update([ONE])

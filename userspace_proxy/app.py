@@ -35,6 +35,7 @@ from userspace_proxy.model import Protocol, Snapshot
 from userspace_proxy.proxier import Proxier
 from userspace_proxy.sockets.base import RESERVE
 from userspace_proxy.sockets.path import DataPath, RelaySettings
+from userspace_proxy.sockets.portals import PortalSockets
 from userspace_proxy.sources import choose as sources
 from userspace_proxy.sources.base import Event, Source
 from userspace_proxy.table import render
@@ -98,14 +99,17 @@ class App:
         self._successor: Config | None = None
         self._signals = signals
         self._capture = capture
+        self._has_portals = capture.rewrites_destination or capture.listens
+        """Whether clients come by the services' own addresses."""
         self._metrics = Metrics()
         self._metrics.capture_info.labels(capture.name).set(1)
         self._data_path = _data_path(config, self._metrics)
         self._source = source
+        portals = _portal_sockets(config, self._data_path) if capture.listens else {}
         limit = host.raise_descriptor_limit()
         self._proxier = Proxier(
             capture,
-            self._data_path.sockets,
+            portals or self._data_path.sockets,
             self._metrics,
             bind_address=config.bind_address,
             port_range=config.proxy_port_range or PortRange(*host.ephemeral_ports()),
@@ -113,7 +117,9 @@ class App:
             sync_period=config.iptables_sync_period,
             min_sync_period=config.iptables_min_sync_period,
             max_ejection=config.max_ejection_time,
-            after_sync=lambda: self._data_path.fit(self._proxier.descriptors),
+            after_sync=lambda: self._data_path.fit(
+                self._proxier.descriptors + sum(each.listeners for each in portals.values())
+            ),
             most_descriptors=limit - min(2 * RESERVE, limit // 2),
         )
         self._health_checks = HealthChecks(self._is_healthy, config.nodeport_addresses, self._no_health_check)
@@ -152,7 +158,9 @@ class App:
         # What there is by now stays; looking through it for garbage held up the data path for 0.1 s at 5,000 services.
         gc.freeze()
         gc.enable()
-        captured = self._capture.rewrites_destination and not self._proxier.progress.capture_error
+        captured = (
+            self._capture.rewrites_destination or self._capture.listens
+        ) and not self._proxier.progress.capture_error
         try:
             sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
             sys.stdout.flush()
@@ -202,9 +210,9 @@ class App:
         The kernel sends on after close(), but what it sends must still be translated on its way, and it is not once
         the capture has let go.
         """
-        if not self._capture.rewrites_destination:
+        if not self._has_portals:
             return
-        ports = self._proxier.proxy_ports
+        ports = self._proxier.ports
         while await asyncio.to_thread(host.undelivered, ports):  # noqa: ASYNC110 - the kernel tells nobody
             await asyncio.sleep(UNDELIVERED)
 
@@ -294,6 +302,13 @@ def _data_path(config: Config, metrics: Metrics) -> DataPath | Pool:
         return DataPath(settings, metrics)
     start = Start(0, settings, config.max_ejection_time, config.verbosity, config.logging_format)
     return Pool(config.workers, start, metrics)
+
+
+def _portal_sockets(config: Config, data_path: DataPath | Pool) -> dict[Protocol, PortalSockets]:
+    return {
+        protocol: PortalSockets(sockets, config.bind_address, config.nodeport_addresses)
+        for protocol, sockets in data_path.sockets.items()
+    }
 
 
 async def serve(config: Config, parse: Callable[[], Config]) -> Config | None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import uvloop
 
-from userspace_proxy import __version__, completion, logs
+from userspace_proxy import __version__, check, completion, logs
 from userspace_proxy.app import serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
@@ -131,6 +131,22 @@ async def _first_state(config: Config) -> Snapshot:
         return await first(choose(config))
 
 
+def _check(arguments: Sequence[str]) -> int:
+    form, flags = check.split(arguments)
+    if form not in check.FORMATS:
+        _complain([f"check: --output={form!r}: allowed: {', '.join(check.FORMATS)}"])
+        return 2
+    try:
+        config = parse(flags)
+    except ConfigError as error:
+        _complain(error.problems)
+        return 2
+    if not isinstance(config, Config):
+        return main(flags)
+    found = check.report(config)
+    return _show(check.FORMATS[form](found)) or (0 if found.capture else 1)
+
+
 class Command(NamedTuple):
     """Something else than serving."""
 
@@ -142,6 +158,11 @@ class Command(NamedTuple):
 
 
 COMMANDS: Mapping[str, Command] = {
+    "check": Command(
+        "[-o table|json] [flags]",
+        "Tell what this host offers, which capture would be used, and what to do about each gap.",
+        _check,
+    ),
     "completion": Command("SHELL", "Print what makes a shell complete flags: bash, zsh or fish.", _completion),
     "env": Command(
         "[NAMESPACE] [flags]",

@@ -7,6 +7,7 @@ changing anything about the host is `capture`'s.
 from __future__ import annotations
 
 import ipaddress
+import os
 import resource
 import socket
 from collections.abc import Collection, Sequence
@@ -18,6 +19,9 @@ from userspace_proxy.model import IPFamily, family_of
 _AF = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
 _CLOSED_NOT_DELIVERED = frozenset(("04", "09", "0B"))
 """FIN_WAIT1, LAST_ACK and CLOSING, as /proc/net/tcp has them."""
+_OPEN_TO_CLIENTS = frozenset(("0A", "07"))
+"""LISTEN of TCP, and what an unconnected UDP socket is."""
+_UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -29,6 +33,17 @@ def is_local_address(ip: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_delivered_here(ip: str) -> bool:
+    """Whether what is sent to an address comes back to this host, by a route alone if need be. Sends nothing."""
+    family = family_of(ip)
+    with socket.socket(_AF[family], socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((ip, 9))
+        except OSError:
+            return False
+        return str(probe.getsockname()[0]) in (family.loopback, ip)
 
 
 def undelivered(ports: Collection[int]) -> int:
@@ -70,6 +85,44 @@ def ephemeral_ports() -> tuple[int, int]:
     except OSError:
         return 32768, 60999
     return first, last
+
+
+def first_unprivileged_port() -> int:
+    try:
+        return int(_UNPRIVILEGED_PORTS.read_text())
+    except OSError:
+        return 1024
+
+
+def who_has(port: int) -> str:
+    """Name and process of who listens at a local port, as far as we may see that. Blocks for some milliseconds."""
+    inodes: set[str] = set()
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
+            next(sockets)
+            for line in sockets:
+                _, local, _, state, *_, inode = line.split(maxsplit=10)[:10]
+                if state in _OPEN_TO_CLIENTS and int(local[-4:], 16) == port:
+                    inodes.add(f"socket:[{inode}]")
+    for process in Path("/proc").glob("[0-9]*") if inodes else ():
+        with suppress(OSError), os.scandir(process / "fd") as descriptors:
+            if any(os.readlink(descriptor) in inodes for descriptor in descriptors):
+                return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
+    return ""
+
+
+def listeners_on_all_addresses() -> list[int]:
+    """The TCP ports that somebody listens at, wherever clients come to."""
+    ports = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
+            next(sockets)
+            for line in sockets:
+                _, local, _, state, *_ = line.split(maxsplit=4)
+                address, _, port = local.partition(":")
+                if state == "0A" and not address.strip("0"):
+                    ports.add(int(port, 16))
+    return sorted(ports)
 
 
 def raise_descriptor_limit() -> int:

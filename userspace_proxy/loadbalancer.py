@@ -85,7 +85,7 @@ class LoadBalancer:
         self._ejections = Ejections(clock, rng, max_ejection)
         self.ejected: Collection[Address] = self._ejections.out
         """Endpoints passed over for now; always the same object, and empty while all is well."""
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: list[Callable[[], None]] = []
         """Called after each change of the endpoints or of affinity, for who picks by a copy elsewhere."""
         # None without affinity. The least recently used comes first, and as all pins live equally long,
         # so does the next to expire. A plain dict keeps that order too, but finding its first key gets
@@ -191,7 +191,8 @@ class LoadBalancer:
         if self._pins:
             for client_ip in [ip for ip, pin in self._pins.items() if pin.address not in known]:
                 del self._pins[client_ip]
-        self.on_change()
+        for tell in self.on_change:
+            tell()
         return True
 
     def configure(self, affinity: SessionAffinity, timeout: float) -> None:
@@ -202,7 +203,8 @@ class LoadBalancer:
             self._pins = None
         elif self._pins is None:
             self._pins = OrderedDict()
-        self.on_change()
+        for tell in self.on_change:
+            tell()
 
     def purge(self) -> None:
         """Forget clients whose affinity has expired. `pick` does not need it; the memory does."""

@@ -132,7 +132,7 @@ class Proxier:
             bind=self._bind,
             port_range=port_range,
             nodeport_networks=nodeport_networks,
-            strangers=not capture.rewrites_destination,
+            strangers=not (capture.rewrites_destination or capture.listens),
             most_descriptors=most_descriptors,
             max_ejection=max_ejection,
             clock=clock,
@@ -244,6 +244,9 @@ class Proxier:
         self._repaired = self._clock()
         if self._captured.known:
             await self._captured.repair()
+        if self._capture.listens:  # addresses may have come and gone
+            for key, served in self._serving.served.items():
+                self._serving.admit(key, served.admitted)
         await self._recognise_ourselves(anew=True)
         self._serving.purge()
 
@@ -281,7 +284,9 @@ class Proxier:
         )
         concerned = {name: services[name] for name in sorted(part.names) if name in services}
         want, problems = desired(concerned, self._bind, self._protocols, have)
-        if not self._capture.rewrites_destination:
+        if self._capture.listens:
+            want = State(want.sockets, redirects=want.redirects)  # who listens at a node port need not claim it
+        elif not self._capture.rewrites_destination:
             want = State(want.sockets)
         return Decision(part, have, want, problems, plan(have, want))
 
@@ -325,14 +330,18 @@ class Proxier:
         return await asyncio.to_thread(host.local_addresses, self._nodeport_networks)
 
     async def _replace(self, part: Part, portals: Mapping[Portal, SocketKey]) -> bool:
-        """Make these the redirects of a part. Sockets admit what is new before, and what is gone until after."""
+        """Make these the redirects of a part. Sockets admit what is new before, and what is gone until after.
+
+        Those that listen at portals can do so only after.
+        """
         serving, served = self._serving, self._serving.served
         wanted: defaultdict[SocketKey, set[Portal]] = defaultdict(set)
         for portal, key in portals.items():
             wanted[key].add(portal)
-            wanted[inside(portal, key)].add(portal)
+            if not self._capture.listens:  # nobody could tell clients inside from others
+                wanted[inside(portal, key)].add(portal)
         changing = [key for key in serving.keys(part.names) if served[key].admitted != wanted.get(key, frozenset())]
-        for key in changing:
+        for key in changing if not self._capture.listens else ():
             serving.admit(key, served[key].admitted | wanted.get(key, set()))
         redirects = [serving.redirect(portal, key) for portal, key in portals.items()]
         if not await self._captured.exchange(part.places, redirects):
@@ -359,9 +368,13 @@ class Proxier:
             self._serving.stop_taking_clients()
 
     @property
-    def proxy_ports(self) -> frozenset[int]:
-        """The numbers of the proxy ports that are open, of every protocol."""
-        return frozenset(served.socket.port for served in self._serving.served.values())
+    def ports(self) -> frozenset[int]:
+        """The numbers of the ports where sockets of ours have clients, of every protocol."""
+        served = self._serving.served.values()
+        ports = {each.socket.port for each in served}
+        if self._capture.listens:
+            ports.update(portal.port for each in served for portal in each.admitted)
+        return frozenset(ports)
 
     async def withdraw(self) -> None:
         """Take the redirects back, before the ports they lead to are given up."""

@@ -309,8 +309,13 @@ class Serving:
 
     def admit(self, key: SocketKey, portals: frozenset[Portal]) -> None:
         """Let clients in who were sent through these portals, and nobody else."""
-        if not self._strangers:
+        if self._strangers:
+            return
+        try:
             self.served[key].socket.admit(portals)
+        except PortError as error:
+            self.problems.note(key, str(error))
+            self.failed.add(key)
 
     def close(self, key: SocketKey) -> None:
         served = self.served.pop(key)

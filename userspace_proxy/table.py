@@ -53,7 +53,8 @@ def _try_line(rows: Sequence[Row], *, captured: bool) -> str:
     ]
     if not web:
         return ""
-    row = min(web, key=lambda row: (row["affinity"] != "None", -len(row["endpoints"])))
+    row = min(web, key=lambda row: (bool(row["problems"]), row["affinity"] != "None", -len(row["endpoints"])))
     local = "127.0.0.1" if row["family"] == "IPv4" else "[::1]"
-    place = row["clusterIPs"][0].removesuffix(":80") if captured else f"{local}:{row['proxyPort']}"
+    own = captured and not row["problems"]
+    place = row["clusterIPs"][0].removesuffix(":80") if own else f"{local}:{row['proxyPort']}"
     return f"\nTry it from another terminal:\n\n    curl http://{place}/\n"

@@ -15,7 +15,7 @@ from userspace_proxy.model import IPFamily
 
 
 def test_the_names_are_those_of_the_flag():
-    assert NAMES == ("auto", "iptables", "none")
+    assert NAMES == ("auto", "iptables", "nftables", "local", "none")
 
 
 def test_none_works_everywhere(run):
@@ -60,12 +60,17 @@ class Unavailable(choosing.NoCapture):
 
 
 def test_auto_goes_on_to_the_next_and_says_why(run, caplog, monkeypatch):
-    monkeypatch.setattr(choosing, "_WAYS", choosing._WAYS | {"iptables": lambda bind, cidrs, inside: Unavailable()})
+    unavailable = choosing.Way(lambda bind, cidrs, inside: Unavailable())
+    monkeypatch.setattr(
+        choosing, "_WAYS", choosing._WAYS | dict.fromkeys(("iptables", "nftables", "local"), unavailable)
+    )
     caplog.set_level(logging.WARNING)
     assert run(choose("auto", bind_address="0.0.0.0")).name == "none"
     assert "iptables" in caplog.messages[0]
     assert "no tables in this kernel" in caplog.messages[0]
-    assert "proxy ports" in caplog.messages[1]
+    assert "nftables" in caplog.messages[1]
+    assert "local" in caplog.messages[2]
+    assert "proxy ports" in caplog.messages[3]
     with pytest.raises(CaptureUnavailable, match="no tables"):
         run(choose("iptables", bind_address="0.0.0.0"))
 
@@ -80,11 +85,39 @@ def test_cleanup_of_a_clean_machine(node, loop_factory):
 
 
 @pytest.mark.privileged
-def test_without_root_auto_captures_nothing(node):
+def test_without_root_auto_serves_the_addresses_that_the_host_has(node):
     script = (
         "import asyncio\n"
         "from userspace_proxy.capture.choose import choose\n"
         "print(asyncio.run(choose('auto', bind_address='0.0.0.0')).name)"
     )
     said = node.run(f'setpriv --bounding-set=-net_admin,-net_raw {sys.executable} -c "{script}"')
-    assert said.splitlines()[-1] == "none"
+    assert said.splitlines()[-1] == "local"
+
+
+@pytest.mark.privileged
+@pytest.mark.parametrize(("killed", "successor"), [("iptables", "nftables"), ("nftables", "iptables")])
+def test_what_another_way_left_when_it_was_killed_is_removed(node, killed, successor):
+    node.run(
+        f"{sys.executable} -c '"
+        "import asyncio, os, signal\n"
+        "from tests.capture.conversation import redirect\n"
+        "from userspace_proxy.capture.choose import choose\n"
+        "async def main():\n"
+        f'    capture = await choose("{killed}", bind_address="0.0.0.0")\n'
+        "    await capture.replace([redirect()])\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())'",
+        check=False,
+    )
+    assert "10.96.0.10" in saved(node) + node.run("nft list ruleset")
+
+    async def main():
+        capture = await choose(successor, bind_address="0.0.0.0")
+        assert "10.96.0.10" not in saved(node) + node.run("nft list ruleset")
+        await capture.close()
+
+    with node.entered(), asyncio.Runner() as runner:
+        runner.run(main())
+    assert "KUBE" not in saved(node)
+    assert node.run("nft list tables") == "" or successor == "iptables"

@@ -1,4 +1,4 @@
-"""The iptables capture from the proxy's side: traffic that arrives, and processes that die."""
+"""The iptables capture from the proxy's side: rules that come, go and are changed, and processes that die."""
 
 from __future__ import annotations
 
@@ -13,56 +13,17 @@ import sys
 import msgspec
 import pytest
 
+from tests.capture.captured import V4, V6, Captured, listening, reach
 from tests.capture.conversation import CLUSTER_IP, many, node_port, program, redirect, saved
 from tests.conftest import LOOPS
 from tests.netns import eventually
 from userspace_proxy.capture import iptables
-from userspace_proxy.capture.base import Changes, Difference
+from userspace_proxy.capture.base import Changes
 from userspace_proxy.capture.iptables import IPTables, cleanup
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
-from userspace_proxy.model import IPFamily, PortalKind, Protocol
+from userspace_proxy.model import IPFamily
 
 pytestmark = pytest.mark.privileged
-
-V4, V6 = IPFamily.IPV4, IPFamily.IPV6
-PROXY_PORT = 40001
-VETH = {V4: "10.1.0.1", V6: "fd01::1"}
-EXTERNAL = {V4: "198.51.100.1", V6: "2001:db8::1"}
-
-
-class Captured:
-    """A capture on the node, asked step by step, so that traffic can be tried in between."""
-
-    def __init__(self, node, runner):
-        self.node = node
-        self.capture = None
-        self._runner = runner
-
-    def start(self, bind_address="0.0.0.0", **options):
-        self.capture = IPTables(bind_address=bind_address, **options)
-        self.run(self.capture.start())
-        return self
-
-    def replace(self, *redirects):
-        return self.run(self.capture.replace(redirects))
-
-    def change(self, redirects, gone=(), new=()):
-        return self.run(self.capture.replace(redirects, Difference(tuple(gone), tuple(new))))
-
-    def withdraw(self):
-        self.run(self.capture.withdraw())
-
-    def close(self):
-        capture, self.capture = self.capture, None
-        self.run(capture.close())
-
-    def run(self, coroutine):
-        with self.node.entered():
-            return self._runner.run(coroutine)
-
-    def workers(self):
-        return [worker._conversation.transport.get_pid() for worker in self.capture._workers.values()]
-
 
 on_each_loop = pytest.mark.parametrize("captured", LOOPS, indirect=True)
 
@@ -70,92 +31,14 @@ on_each_loop = pytest.mark.parametrize("captured", LOOPS, indirect=True)
 @pytest.fixture
 def captured(node, request):
     with asyncio.Runner(loop_factory=LOOPS[getattr(request, "param", "uvloop")]) as runner:
-        captured = Captured(node, runner)
+        captured = Captured(node, runner, "iptables")
         yield captured
         if captured.capture:
             captured.close()
 
 
-@contextlib.contextmanager
-def listening(node, family, address="", port=PROXY_PORT):
-    with node.entered(), socket.socket(socket.AF_INET6 if family is V6 else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family is V6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((address or family.wildcard, port))
-        listener.listen()
-        listener.settimeout(5)
-        yield listener
-
-
-def reach(namespace, address, listener):
-    """Connect, and say as whom the listener sees us; both ways must work."""
-    with namespace.entered(), socket.create_connection(address, timeout=5) as client:
-        server, peer = listener.accept()
-        with server:
-            client.sendall(b"ping")
-            assert server.recv(4) == b"ping"
-            server.sendall(b"pong")
-            assert client.recv(4) == b"pong"
-    return peer[0]
-
-
-def is_refused(namespace, address):
-    """Or not answered: what is sent to an address that only has our route comes back and is dropped."""
-    with namespace.entered():
-        try:
-            socket.create_connection(address, timeout=0.5).close()
-        except OSError:
-            return True
-    return False
-
-
-# Traffic
-
-
-@pytest.mark.parametrize("family", IPFamily)
-def test_from_a_node_that_has_nothing_but_lo(captured, node, family):
-    captured.start().replace(redirect(CLUSTER_IP[family]))
-    with listening(node, family) as listener:
-        assert reach(node, (CLUSTER_IP[family], 80), listener) == family.loopback
-    assert is_refused(node, (CLUSTER_IP[family], 81))
-
-
-@pytest.mark.parametrize("family", IPFamily)
-def test_from_a_second_machine(captured, node, client, family):
-    external = redirect(EXTERNAL[family], kind=PortalKind.EXTERNAL_IP)
-    balanced = redirect(VETH[family], 8080, kind=PortalKind.LOAD_BALANCER_IP)
-    captured.start().replace(redirect(CLUSTER_IP[family]), external, balanced, node_port(family=family))
-    them = "10.1.0.2" if family is V4 else "fd01::2"
-    with listening(node, family) as listener:
-        for address in (
-            (CLUSTER_IP[family], 80),
-            (EXTERNAL[family], 80),
-            (VETH[family], 8080),
-            (VETH[family], 30080),
-        ):
-            assert reach(client, address, listener) == them
-            reach(node, address, listener)
-        reach(node, (family.loopback, 30080), listener)
-
-
-@pytest.mark.parametrize("family", IPFamily)
-def test_with_a_specific_bind_address(captured, node, client, family):
-    captured.start(VETH[family]).replace(redirect(CLUSTER_IP[family]), node_port(family=family))
-    assert captured.capture.families == {family}
-    with listening(node, family, VETH[family]) as listener:
-        for address in ((CLUSTER_IP[family], 80), (VETH[family], 30080)):
-            reach(client, address, listener)
-            reach(node, address, listener)
-        reach(node, (family.loopback, 30080), listener)
-
-
-def test_node_ports_only_on_the_addresses_asked_for(captured, node, client):
-    captured.start(nodeport_cidrs=["127.0.0.0/8"]).replace(node_port())
-    with listening(node, V4) as listener:
-        reach(node, ("127.0.0.1", 30080), listener)
-        assert is_refused(node, ("10.1.0.1", 30080))
-        assert is_refused(client, ("10.1.0.1", 30080))
+def workers(captured):
+    return [worker._conversation.transport.get_pid() for worker in captured.capture._workers.values()]
 
 
 def test_node_ports_pass_a_firewall_that_lets_nothing_in(captured, node, client):
@@ -164,49 +47,6 @@ def test_node_ports_pass_a_firewall_that_lets_nothing_in(captured, node, client)
     captured.start().replace(node_port())
     with listening(node, V4) as listener:
         reach(client, ("10.1.0.1", 30080), listener)
-
-
-@pytest.mark.parametrize("family", IPFamily)
-def test_datagrams_and_their_answers(captured, node, client, family):
-    captured.start().replace(redirect(CLUSTER_IP[family], 53, protocol=Protocol.UDP))
-    kind = socket.AF_INET6 if family is V6 else socket.AF_INET
-    with node.entered():
-        server = socket.socket(kind, socket.SOCK_DGRAM)
-    with server:
-        server.bind((family.wildcard, PROXY_PORT))
-        server.settimeout(5)
-        for where in (node, client):
-            with where.entered(), socket.socket(kind, socket.SOCK_DGRAM) as asker:
-                asker.settimeout(5)
-                asker.connect((CLUSTER_IP[family], 53))
-                asker.send(b"question")
-                question, sender = server.recvfrom(100)
-                server.sendto(question + b"?", sender)
-                assert asker.recv(100) == b"question?"
-
-
-def test_a_connection_outlives_withdraw_and_nothing_new_comes_in(captured, node, client):
-    """With no other rule that needs conntrack, that of ours is what keeps the connection translated."""
-    captured.start().replace(redirect())
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listening(node, V4))
-        ends = []
-        for where in (node, client):
-            with where.entered():
-                ends.append(stack.enter_context(socket.create_connection(("10.96.0.10", 80), timeout=5)))
-            ends.append(stack.enter_context(listener.accept()[0]))
-        for end in ends:
-            end.settimeout(1)
-        captured.withdraw()
-        assert is_refused(node, ("10.96.0.10", 80))
-        for one, other in (ends[:2], ends[1::-1], ends[2:], ends[:1:-1]):
-            one.sendall(b"still here")
-            assert other.recv(100) == b"still here"
-        captured.close()
-        # Not translated any more, what the server's end sends comes from a stranger.
-        ends[3].sendall(b"too late")
-        with pytest.raises((TimeoutError, ConnectionError)):
-            assert ends[2].recv(100) == b""
 
 
 def test_the_hold_is_what_keeps_it(captured, node, client):
@@ -358,7 +198,7 @@ def test_a_python_iptables_that_does_not_work_here_is_done_without(
 def test_a_worker_that_died_is_replaced_and_nothing_is_lost(captured, node, caplog):
     captured.start().replace(redirect())
     before = saved(node)
-    for pid in captured.workers():
+    for pid in workers(captured):
         os.kill(pid, signal.SIGKILL)
     node.run("iptables-legacy -t nat -F KUBE-PORTALS-HOST")
     captured.replace(redirect())
@@ -402,7 +242,7 @@ def test_a_successor_is_told_everything_and_not_the_difference(captured, node, c
     one, two = redirect(), redirect("10.96.0.11", name="b")
     captured.start()
     captured.replace(one)
-    for pid in captured.workers():
+    for pid in workers(captured):
         os.kill(pid, signal.SIGKILL)
     captured.change([one, two], new=[two])
     assert saved(node).count("10.96.0.10/32") == 2
@@ -413,7 +253,7 @@ def test_a_successor_is_told_everything_and_not_the_difference(captured, node, c
 
 def test_a_worker_that_dies_while_it_is_asked_is_replaced(captured, node, caplog):
     captured.start()
-    pids = captured.workers()
+    pids = workers(captured)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
 
@@ -428,7 +268,7 @@ def test_a_worker_that_dies_while_it_is_asked_is_replaced(captured, node, caplog
 @on_each_loop
 def test_a_worker_that_dies_of_its_request_is_an_error(captured, node, tmp_path, monkeypatch):
     captured.start()
-    for pid in captured.workers():
+    for pid in workers(captured):
         os.kill(pid, signal.SIGKILL)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(CaptureError, match="iptables worker IPv4 ended with status 1"):
@@ -448,7 +288,7 @@ def test_a_worker_that_cannot_be_started_is_an_error(captured, monkeypatch):
 def test_a_worker_that_does_not_answer_is_killed(captured, node, monkeypatch):
     captured.start()
     monkeypatch.setattr(iptables, "_ANSWER_TIMEOUT", 0.3)
-    for pid in captured.workers():
+    for pid in workers(captured):
         os.kill(pid, signal.SIGSTOP)
     with pytest.raises(CaptureError, match="no answer"):
         captured.replace(redirect())

@@ -16,13 +16,14 @@ def test_there_is_one_source(name):
     assert parse([]) == Config(), "a pod's own cluster, which is looked for later"
 
 
-@pytest.mark.parametrize("capture", ["auto", "iptables"])
+@pytest.mark.parametrize("capture", ["auto", "iptables", "nftables"])
 @pytest.mark.parametrize("ip", ["127.0.0.1", "127.0.0.53", "::1"])
 def test_a_loopback_address_cannot_be_captured_to(capture, ip):
     line = problem(M, f"--capture={capture}", f"--bind-address={ip}")
     assert line.startswith(f"--bind-address='{ip}': traffic of other hosts and pods cannot be captured")
     assert line.endswith("write --capture=none or --bind-address=0.0.0.0")
-    assert parse([M, "--capture=none", f"--bind-address={ip}"]).bind_address == ip
+    for without in ("local", "none"):
+        assert parse([M, f"--capture={without}", f"--bind-address={ip}"]).bind_address == ip
     assert parse(["--cleanup", f"--capture={capture}", f"--bind-address={ip}"]).cleanup
 
 

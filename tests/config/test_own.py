@@ -49,7 +49,7 @@ GOOD = [
 BAD = {
     "manifests": {"": "an empty path"},
     "state-dir": {" ": "blanks around it"},
-    "capture": {"": "no such choice", "IPTABLES": "no such choice", "nftables": "no such choice"},
+    "capture": {"": "no such choice", "IPTABLES": "no such choice", "ipvs": "no such choice"},
     "workers": {"0": "too small", "65": "too large", "auto": "not a whole number"},
     "max-udp-flows": {
         "0": "too small",

@@ -174,7 +174,11 @@ class Node:
 
     def rows(self) -> dict[str, Object]:
         """The service ports by `name` or `name:port`, as /services tells; of both families the last."""
-        return {row["name"] + (row["port"] and f":{row['port']}"): row for row in json.loads(self.get("/services"))}
+        return {row["name"] + (row["port"] and f":{row['port']}"): row for row in self.services()}
+
+    def services(self) -> list[Object]:
+        found: list[Object] = json.loads(self.get("/services"))
+        return found
 
     def log(self) -> str:
         return self.log_file.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,17 +81,22 @@ class Site(NamedTuple):
     clients: dict[str, Namespace]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@contextlib.contextmanager
+def built(directory: Path, *flags: str) -> Iterator[Site]:
     """A node, a pod with all the servers, and whoever may be their client."""
-    directory = tmp_path_factory.mktemp("site")
     with Node(directory) as node:
         server, pod, outside = node.pod("10.1.0.2", "fd01::2"), node.pod("10.1.0.3", "fd01::3"), node.outside()
         programs.start_all(server, directory / "programs")
         node.apply(*everything("10.1.0.2", "fd01::2"))
-        node.start("--udp-timeout=5s")
+        node.start("--udp-timeout=5s", *flags)
         clients = {"node": node.net, "host outside": outside, "the endpoint itself": server}
         yield Site(node, server, clients | dict.fromkeys(("pod", "pod past iptables"), pod))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with built(tmp_path_factory.mktemp("site"), "--capture=iptables") as site:
+        yield site
 
 
 @pytest.fixture

@@ -49,6 +49,9 @@ class Capture(typing.Protocol):
     rewrites_destination: bool
     """Whether an accepted TCP connection can be asked for its original destination (SO_ORIGINAL_DST)."""
 
+    listens: bool
+    """Whether clients come to the portals themselves, where sockets have to listen once `replace` is done."""
+
     async def start(self) -> None:
         """Take over: find out by trying whether this way works here, remove the remains of a crashed run.
 

@@ -180,6 +180,7 @@ class IPTables:
 
     name = "iptables"
     rewrites_destination = True
+    listens = False
 
     def __init__(self, *, bind_address: str, nodeport_cidrs: Sequence[str] = (), inside: Sequence[str] = ()) -> None:
         """A wildcard bind address stands for both families', any other for its own family alone."""

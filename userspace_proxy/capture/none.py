@@ -17,6 +17,7 @@ class NoCapture:
 
     name = "none"
     rewrites_destination = False
+    listens = False
 
     async def start(self) -> None:
         """Works everywhere."""

@@ -62,6 +62,8 @@ _COMMENT_LIMIT = 255
 _UNFIT_FOR_COMMENT = re.compile(r"[^A-Za-z0-9_./:-]")
 _KIND_ORDER = {kind: order for order, kind in enumerate(PortalKind)}
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
 Chains = Mapping[str, Sequence[str]]
 """A table as read: every chain, ours or not, and the text of its rules in order."""
 
@@ -115,18 +117,27 @@ class Scope:
     """Networks whose clients are inside, like this node itself; of either family."""
 
     @property
+    def inside_networks(self) -> tuple[Network, ...]:
+        return _networks(self.inside, self.family)
+
+    @property
     def inside_sources(self) -> tuple[str, ...]:
         """`-s` arguments, one a rule."""
-        ours = (ipaddress.ip_network(cidr) for cidr in self.inside if family_of(cidr) is self.family)
-        return tuple(f"-s {network} " if network.prefixlen else "" for network in dict.fromkeys(ours))
+        return tuple(f"-s {network} " if network.prefixlen else "" for network in self.inside_networks)
+
+    @property
+    def nodeport_networks(self) -> tuple[Network, ...]:
+        """Whose addresses have node ports; none at all if the CIDRs given are all of the other family."""
+        return _networks(self.nodeport_cidrs or ("0.0.0.0/0", "::/0"), self.family)
 
     @property
     def nodeport_destinations(self) -> tuple[str, ...]:
-        """`-d` arguments, one a rule; none at all if the CIDRs given are all of the other family."""
-        if not self.nodeport_cidrs:
-            return ("",)
-        ours = (ipaddress.ip_network(cidr) for cidr in self.nodeport_cidrs if family_of(cidr) is self.family)
-        return tuple(f"-d {network} " if network.prefixlen else "" for network in dict.fromkeys(ours))
+        """`-d` arguments, one a rule."""
+        return tuple(f"-d {network} " if network.prefixlen else "" for network in self.nodeport_networks)
+
+
+def _networks(cidrs: Iterable[str], family: IPFamily) -> tuple[Network, ...]:
+    return tuple(dict.fromkeys(ipaddress.ip_network(cidr) for cidr in cidrs if family_of(cidr) is family))
 
 
 def comment_of(owner: ServicePortName) -> str:

@@ -14,17 +14,18 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-from userspace_proxy.capture import conntrack, rules
+from userspace_proxy.capture import rules
 from userspace_proxy.capture.conntrack import Place
 from userspace_proxy.capture.messages import Ask, Change, Cleanup, Close, Open, Replace, Reply, Request, Withdraw
 from userspace_proxy.capture.routes import Routes
 from userspace_proxy.capture.rules import Ruleset, Scope, TableRules
+from userspace_proxy.capture.upkeep import Upkeep, flush
 from userspace_proxy.capture.xtables import Refused, Tables, XtablesError
-from userspace_proxy.model import IPFamily, Protocol, Redirect
+from userspace_proxy.model import IPFamily, Redirect
 
 _TABLES = ("filter", "nat")
 _SIFTING_TRIES = 100
@@ -37,20 +38,18 @@ class FamilyCapture:
     def __init__(self, request: Open) -> None:
         self._scope = Scope(request.family, request.bind_address, request.nodeport_cidrs, request.inside)
         self._tables = Tables(request.family, use_library=request.use_library)
-        self._routes = Routes(request.family)
+        self._upkeep = Upkeep(request.family)
         self._left: dict[str, TableRules] = dict(rules.NOTHING)
         self._asked: dict[Redirect, None] = {}
         """What the proxy wants, in its order."""
         self._captured: frozenset[Redirect] = frozenset()
         """What it has got of that."""
-        self._stale: set[Place] = set()
-        """Where conntrack may still send UDP flows to a wrong place."""
 
     def open(self, *, take_over: bool) -> Reply:
         """Find out whether this works here; raises XtablesError, with nothing left behind, if it does not."""
         notes = self._tables.probe(self._scope)
         # Of an earlier run, or of a predecessor in this one, who took what it knew with it.
-        self._stale = {Place(*place) for place in rules.places(self._tables.read("nat"))}
+        self._upkeep.doubt(Place(*place) for place in rules.places(self._tables.read("nat")))
         if not take_over:
             self._left = dict(rules.HOLD_ONLY)
         else:
@@ -59,8 +58,7 @@ class FamilyCapture:
             except XtablesError:
                 self._make(rules.NOTHING)
                 raise
-            notes += self._routes.serve(())
-            notes += self._flush_stale()
+            notes += self._upkeep.take_over()
         return Reply(notes=tuple(notes))
 
     def replace(self, redirects: Sequence[Redirect]) -> Reply:
@@ -88,12 +86,10 @@ class FamilyCapture:
             wanted, left_out = self._sift(wanted, error)
             refused |= dict.fromkeys(left_out, str(error))
             repaired = 0
-        changed, unchanged = wanted ^ self._captured, wanted == self._captured
+        gone, new = self._captured - wanted, wanted - self._captured
         self._captured = wanted
-        self._stale |= _places(changed, Protocol.UDP).keys()
         # Unchanged redirects are what the periodic sync brings: time to look at every address again.
-        notes = self._route(thoroughly=unchanged)
-        notes += self._flush_stale()
+        notes = self._upkeep.follow(gone, new, thoroughly=not (gone or new))
         counts = [rules.count_changes(before[table], self._left[table]) for table in _TABLES]
         return Reply(
             added=sum(added for added, _ in counts),
@@ -116,10 +112,8 @@ class FamilyCapture:
                 self._make(rules.NOTHING, only=table)
             except XtablesError as error:
                 problems.append(str(error))
-        problems += self._routes.serve(())
-        self._routes.close()
-        notes = _flush(self._scope.family, dict.fromkeys(self._stale | _places(self._captured).keys(), 0))
-        return Reply(notes=tuple(notes), error="; ".join(problems))
+        unremoved, notes = self._upkeep.end()
+        return Reply(notes=tuple(notes), error="; ".join(problems + unremoved))
 
     def _make(self, wanted: Ruleset, only: str = "", *, trusting: bool = False) -> int:
         damage = 0
@@ -146,37 +140,6 @@ class FamilyCapture:
         self._make(rules.render(taken, self._scope))
         return taken, left_out
 
-    def _route(self, *, thoroughly: bool) -> list[str]:
-        served = {redirect.portal.ip for redirect in self._captured if redirect.portal.ip}
-        if thoroughly:
-            self._routes.reread()
-        return self._routes.serve(served)
-
-    def _flush_stale(self) -> list[str]:
-        right = _places(self._captured, Protocol.UDP) if self._stale else {}
-        stale = {place: right.get(place, 0) for place in self._stale if place.protocol is Protocol.UDP}
-        notes = _flush(self._scope.family, stale)
-        if not notes:
-            self._stale.clear()
-        return notes
-
-
-def _places(redirects: Iterable[Redirect], *protocols: Protocol) -> dict[Place, int]:
-    """Where redirects take hold, and the proxy port they lead to."""
-    return {
-        Place(redirect.portal.protocol, redirect.portal.ip, redirect.portal.port): redirect.proxy_port
-        for redirect in redirects
-        if not protocols or redirect.portal.protocol in protocols
-    }
-
-
-def _flush(family: IPFamily, places: Mapping[Place, int]) -> list[str]:
-    try:
-        conntrack.flush(family, places)
-    except OSError as error:
-        return [f"{error}: UDP clients may be sent to a former place until they pause: modprobe nf_conntrack_netlink"]
-    return []
-
 
 def clean_up(family: IPFamily) -> Reply:
     """Remove what an earlier run left. A family that does not exist here has nothing to remove."""
@@ -193,9 +156,9 @@ def clean_up(family: IPFamily) -> Reply:
         except XtablesError as error:
             problems.append(str(error))
     routes = Routes(family)
-    problems += routes.serve(())
+    problems += routes.serve(()).values()
     routes.close()
-    return Reply(notes=tuple(_flush(family, dict.fromkeys(places, 0))), error="; ".join(problems))
+    return Reply(notes=tuple(flush(family, dict.fromkeys(places, 0))), error="; ".join(problems))
 
 
 class Worker:

@@ -70,6 +70,7 @@ class Programs:
         return rules.parse(self._run([self._save, "-t", table]))
 
     def write(self, table: str, change: TableChange) -> None:
+        os.close(_open_lock_file())  # which tells the programs of ours, where the one of all is not for us
         script = rules.restore_script(table, change)
         self._run([self._restore, "--noflush", "--wait", str(int(_LOCK_WAIT))], script)
 
@@ -375,7 +376,8 @@ def _open_lock_file() -> int:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise XtablesError(f"xtables lock {_lock_path()}: {error.strerror}") from error
     # In a user namespace the file is root's. The programs must then be told of ours.
-    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir()), f"xtables-{os.getuid()}.lock")
+    namespace = os.stat("/proc/self/ns/net").st_ino  # whose rules they are; everybody is user 0 in his own
+    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir()), f"xtables-{namespace}.lock")
     try:
         descriptor = os.open(own, flags | os.O_NOFOLLOW, 0o600)
     except OSError as error:

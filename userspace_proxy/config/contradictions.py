@@ -29,11 +29,12 @@ def _sources(config: Config, called: Callable[[str], str]) -> Iterator[tuple[Seq
 
 def _capture(config: Config, called: Callable[[str], str]) -> Iterator[tuple[Sequence[str], str]]:
     bind = config.bind_address
-    if ipaddress.ip_address(bind).is_loopback and config.capture is not CaptureWay.NONE and not config.cleanup:
+    redirects = config.capture not in (CaptureWay.LOCAL, CaptureWay.NONE)
+    if ipaddress.ip_address(bind).is_loopback and redirects and not config.cleanup:
         name = called("bind-address")
         problem = (
             f"{name}={bind!r}: traffic of other hosts and pods cannot be captured to a loopback address; "
-            f"allowed: loopback with --capture=none only; write --capture=none or {name}=0.0.0.0"
+            f"allowed: loopback with --capture=local or none only; write --capture=none or {name}=0.0.0.0"
         )
         yield ("bind-address", "capture"), problem
 

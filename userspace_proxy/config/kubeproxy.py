@@ -94,8 +94,8 @@ class KubeProxySettings:
         IP,
         ADDRESSES,
         "The address that proxy ports listen on. 0.0.0.0 and :: both stand for all addresses, of the family "
-        "that each Service has. A loopback address can be reached by no capture and is allowed with "
-        "--capture=none only.",
+        "that each Service has. A loopback address can be reached by no redirect and is allowed with "
+        "--capture=local and none only.",
         place="bindAddress",
     )
     proxy_port_range: PortRange | None = setting(

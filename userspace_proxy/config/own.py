@@ -13,6 +13,8 @@ from userspace_proxy.config.kinds import DIRECTORY, PATHS, SWITCH, choice, durat
 class CaptureWay(enum.StrEnum):
     AUTO = "auto"
     IPTABLES = "iptables"
+    NFTABLES = "nftables"
+    LOCAL = "local"
     NONE = "none"
 
 
@@ -37,9 +39,11 @@ class OwnSettings:
         "capture",
         choice(CaptureWay),
         OWN,
-        "How the traffic of service addresses is made to reach the proxy ports. iptables: rules in the nat "
-        "table, which needs root. none: not at all; clients connect to the proxy ports, which the log and "
-        "/services tell. auto: iptables where that works, else none.",
+        "How the traffic of service addresses is made to reach the proxy ports. iptables: rules in the "
+        "legacy nat table. nftables: a table of its own. Both need root. local: without netfilter; the addresses "
+        "become this host's own, which needs root except for loopback addresses, and are listened on. none: not at "
+        "all; clients connect to the proxy ports, which the log and /services tell. auto: the first of these that "
+        "works here.",
     )
     state_dir: pathlib.Path | None = setting(
         None,

@@ -11,10 +11,12 @@ unreachable), not accepted and dropped. *Closed*. Connections that are establish
 
 from __future__ import annotations
 
+import errno
 import socket
 import typing
 from collections.abc import Callable, Collection, Sequence
 
+from userspace_proxy import host
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
@@ -25,6 +27,7 @@ RESERVE = 128
 
 _SO_BINDTOIFINDEX = 62
 _NO_INTERFACE = 0x7FFFFFFF
+_IPV6_FREEBIND = 78
 
 AF = {IPFamily.IPV4: int(socket.AF_INET), IPFamily.IPV6: int(socket.AF_INET6)}
 
@@ -51,7 +54,10 @@ class ProxySocket(typing.Protocol):
         """How clients are introduced from now on; of no concern to what is not TCP."""
 
     def admit(self, portals: Collection[Portal] | None) -> None:
-        """Only clients that were sent here through these portals are served; None: whoever connects."""
+        """Only clients that were sent here through these portals are served; None: whoever connects.
+
+        Raises PortError where to serve a portal is to listen there, and it cannot be had.
+        """
 
     def close(self) -> None:
         """Release the port. TCP connections go on; they are ended through their `ProxySockets`."""
@@ -168,7 +174,7 @@ def bind(
             # Past connections in TIME_WAIT are no hindrance. Until it listens, the socket must be one to others
             # with the same option, though, so it is kept no longer than for this.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((ip, port))
+        _bind_here(sock, family, ip, port)
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
@@ -178,6 +184,17 @@ def bind(
         sock.close()
         raise
     return sock
+
+
+def _bind_here(sock: socket.socket, family: IPFamily, ip: str, port: int) -> None:
+    try:
+        sock.bind((ip, port))
+    except OSError as error:
+        # To IPv4 an address with a local route is this host's, to IPv6 only one that an interface has.
+        if family is IPFamily.IPV4 or error.errno != errno.EADDRNOTAVAIL or not host.is_delivered_here(ip):
+            raise
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+        sock.bind((ip, port))
 
 
 def claim(family: IPFamily, kind: int, ip: str, port: int, *, beside_ours: bool = False) -> socket.socket:

@@ -74,7 +74,7 @@ class WorkerSocket:
         self._admitted: Admit | None = None
         self._speaking = Speak(opening.id, ProxyProtocol())
         self._steered = False
-        balancer.on_change = self._follow
+        balancer.on_change.append(self._follow)
 
     def serve(self) -> None:
         if self.serving:
@@ -108,6 +108,8 @@ class WorkerSocket:
     def close(self) -> None:
         self._hand_over_waiting()
         self.serving = False
+        if self._follow in self.balancer.on_change:
+            self.balancer.on_change.remove(self._follow)
         self._group.close()
         self._pool.forget(self)
 
