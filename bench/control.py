@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from bench import namespace
 from bench.loads.base import quantile
@@ -23,10 +23,12 @@ from bench.loads.http import CONCURRENT, wrk
 from bench.measure import Run
 from bench.peers import UserspaceProxy, Way, objects, write_manifest
 from bench.programs import PATIENCE, Address, BenchError, Program
+from bench.results import OURS
 from bench.services import HTTP, Service, endpoints
 
 GROUP = "control"
 SIZES = (100, 1000, 5000, 10000)
+COMPARED = 5000
 CHURNED = 50
 TO_A_FILE = 100
 RATE = 100
@@ -43,12 +45,21 @@ B: Address = ("127.1.1.2", HTTP)
 
 def duration(size: int) -> float:
     """Seconds that `measure` takes, about."""
-    return 15 + size / 1000
+    return (15 + size / 1000) * len(_captures(size))
+
+
+def _captures(size: int) -> Mapping[str, str]:
+    """By the peer's name. The other way of capturing is measured where the targets are."""
+    return {OURS: "iptables"} | ({f"{OURS}-nftables": "nftables"} if size == COMPARED else {})
 
 
 def measure(number: int, size: int, place: Sequence[str]) -> Iterator[Run]:
+    for name, capture in _captures(size).items():
+        yield _measure(number, size, UserspaceProxy(place, name=name, capture=capture))
+
+
+def _measure(number: int, size: int, peer: UserspaceProxy) -> Run:
     namespace.fresh()
-    peer = UserspaceProxy(place)
     with contextlib.ExitStack() as stack:
         folder, manifests, elsewhere = (
             pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) for _ in range(3)
@@ -68,7 +79,7 @@ def measure(number: int, size: int, place: Sequence[str]) -> Iterator[Run]:
         command = " ".join(program.command)
     if any(_answer(service.cluster) for service in everything[:SAMPLE]):
         raise BenchError("the proxy is stopped but somebody answers: who was measured?")
-    yield Run(number, GROUP, Way.CLUSTER, peer.name, f"{size:,} services", figures, [command])
+    return Run(number, GROUP, Way.CLUSTER, peer.name, f"{size:,} services", figures, [command])
 
 
 # -- what is served

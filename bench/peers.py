@@ -122,9 +122,17 @@ class UserspaceProxy:
     """
 
     def __init__(
-        self, place: Sequence[str], *, name: str = OURS, flags: Sequence[str] = (), metrics_port: int = METRICS_PORT
+        self,
+        place: Sequence[str],
+        *,
+        name: str = OURS,
+        flags: Sequence[str] = (),
+        metrics_port: int = METRICS_PORT,
+        capture: str = "iptables",
     ) -> None:
+        """`capture` is for clients that come by cluster IPs."""
         self.name = name
+        self._capture = capture
         self._place = place
         self._flags = flags
         self._metrics_port = metrics_port
@@ -144,7 +152,7 @@ class UserspaceProxy:
     def serve(self, manifests: pathlib.Path, way: Way, folder: pathlib.Path) -> Program:
         """The command, started and not waited for."""
         # A proxy port that only loopback has cannot be captured, one that nobody captures need not be seen.
-        capture, bind = ("iptables", "0.0.0.0") if way is Way.CLUSTER else ("none", "127.0.0.1")
+        capture, bind = (self._capture, "0.0.0.0") if way is Way.CLUSTER else ("none", "127.0.0.1")
         flags = {
             "--manifests": manifests,
             "--capture": capture,

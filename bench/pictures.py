@@ -25,6 +25,7 @@ from bench.services import BODIES
 COLOURS = {
     OURS: "#d55e00",
     TWO_WORKERS: "#f4a570",
+    f"{OURS}-nftables": "#cc79a7",
     "haproxy": "#0072b2",
     "haproxy-splice": "#56b4e9",
     "haproxy-2": "#003f66",
@@ -33,7 +34,7 @@ COLOURS = {
     "socat": "#999999",
     "direct": "#d8d8d8",
 }
-OTHER = "#cc79a7"
+OTHER = "#000000"
 
 
 BESIDE = 4
