@@ -29,7 +29,23 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from userspace_proxy.capture.netlink import CREATE, NESTED, attribute, attributes, message
+from userspace_proxy.capture.netlink import CREATE, attribute, attributes, message
+from userspace_proxy.capture.nft_expressions import (
+    ADDRESS_SIZE,
+    NFPROTO,
+    go_to,
+    is_local,
+    is_protocol,
+    load_destination,
+    load_protocol_and_port,
+    load_source,
+    look_up,
+    nested,
+    number,
+    text,
+    to_this_host,
+    translate,
+)
 from userspace_proxy.capture.rules import Network, Scope, comment_of
 from userspace_proxy.model import IPFamily, Protocol, Redirect
 
@@ -57,29 +73,14 @@ _NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN, _GET_CHAIN, _NEW_RULE, _GET_RULE = 0, 2, 
 _NEW_SET, _NEW_ELEMENTS, _GET_ELEMENTS, _DELETE_ELEMENTS, _NEW_GENERATION, _GET_GENERATION = 9, 12, 13, 14, 15, 16
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 
-_NFPROTO = {IPFamily.IPV4: 2, IPFamily.IPV6: 10}
 _TYPE_ADDRESS = {IPFamily.IPV4: 7, IPFamily.IPV6: 8}
 _TYPE_PROTOCOL, _TYPE_PORT = 12, 13
 """nft's numbers for the types of its language; the kernel keeps them for it and looks at lengths alone."""
-_ADDRESS_SIZE = {IPFamily.IPV4: 4, IPFamily.IPV6: 16}
-_SOURCE_OFFSET = {IPFamily.IPV4: 12, IPFamily.IPV6: 8}
-_DESTINATION_OFFSET = {IPFamily.IPV4: 16, IPFamily.IPV6: 24}
-
 _MAP, _INTERVAL = 8, 4
 _INTERVAL_END = 1
 _HOOKS = {"prerouting": 0, "output": 3}
 _PRIORITY = -110
 """Before the nat tables of others (-100): the first that translates a connection is the only one that does."""
-
-_FIRST_REGISTER = 1
-_SMALL_REGISTERS = 8
-"""Registers 8 to 23 are those of 4 bytes each; 1 is the first four of them, under the name from when all had 16."""
-_VERDICT_REGISTER = 0
-_GOTO = -4
-_L4PROTO, _NETWORK_HEADER, _TRANSPORT_HEADER = 16, 1, 2
-_FIB_TYPE, _FIB_DESTINATION, _LOCAL = 3, 2, 2
-_PORT_GIVEN = 2
-_DESTINATION_NAT = 1
 
 _ELEMENTS_AT_ONCE = 400
 """In one message: an attribute ends at 64 KB, and an element with a comment takes up to 130 bytes."""
@@ -123,8 +124,8 @@ def place(key: Key) -> tuple[Protocol, str, int] | None:
     if len(key.bytes) not in (8, 12, 24):
         return None
     address, protocol, port = key.bytes[:-8], key.bytes[-8], int.from_bytes(key.bytes[-4:-2], "big")
-    for name, number in PROTOCOL_NUMBERS.items():
-        if number == protocol:
+    for name, its_number in PROTOCOL_NUMBERS.items():
+        if its_number == protocol:
             return name, str(ipaddress.ip_address(address)) if address else "", port
     return None
 
@@ -137,20 +138,8 @@ def _padded(component: bytes) -> bytes:
 
 
 def _message(kind: int, flags: int, family: IPFamily, *parts: bytes) -> bytes:
-    header = struct.pack("!BBH", _NFPROTO[family], 0, 0)
+    header = struct.pack("!BBH", NFPROTO[family], 0, 0)
     return message(_SUBSYSTEM << 8 | kind, flags, header + b"".join(parts))
-
-
-def _text(kind: int, text: str) -> bytes:
-    return attribute(kind, text.encode() + b"\0")
-
-
-def _number(kind: int, number: int) -> bytes:
-    return attribute(kind, struct.pack("!I", number & 0xFFFFFFFF))
-
-
-def _nested(kind: int, *parts: bytes) -> bytes:
-    return attribute(NESTED | kind, b"".join(parts))
 
 
 def batch(messages: Iterable[bytes]) -> bytes:
@@ -161,7 +150,7 @@ def batch(messages: Iterable[bytes]) -> bytes:
 
 def removal(family: IPFamily) -> list[bytes]:
     """Takes the table out; put in first, so that there is one."""
-    name = _text(1, TABLE)
+    name = text(1, TABLE)
     return [_message(_NEW_TABLE, CREATE, family, name), _message(_DELETE_TABLE, 0, family, name)]
 
 
@@ -170,12 +159,12 @@ def whole(scope: Scope, elements: Elements) -> list[bytes]:
     family = scope.family
     protocol_and_port = ((_TYPE_PROTOCOL, 4), (_TYPE_PORT, 4))
     keys = {
-        PORTALS: ((_TYPE_ADDRESS[family], _ADDRESS_SIZE[family]), *protocol_and_port),
+        PORTALS: ((_TYPE_ADDRESS[family], ADDRESS_SIZE[family]), *protocol_and_port),
         NODE_PORTS: protocol_and_port,
     }
     return [
         *removal(family),
-        _message(_NEW_TABLE, CREATE, family, _text(1, TABLE)),
+        _message(_NEW_TABLE, CREATE, family, text(1, TABLE)),
         *(_set(family, each, _MAP, types) for name, types in keys.items() for each in (name, INSIDE[name])),
         *_networks(family, _NODE_ADDRESSES, scope.nodeport_networks if _is_choosy(scope) else ()),
         *_networks(family, _INSIDE_NETWORKS, scope.inside_networks),
@@ -200,14 +189,14 @@ def _set(family: IPFamily, name: str, flags: int, types: Sequence[tuple[int, int
     kind = 0
     for component, _ in types:
         kind = kind << 6 | component
-    key = (_number(4, kind), _number(5, sum(size for _, size in types)))
-    data = (_number(6, _TYPE_PORT), _number(7, 2)) if flags & _MAP else ()
-    start = (_text(1, TABLE), _text(2, name), _number(3, flags))
-    return _message(_NEW_SET, CREATE, family, *start, *key, *data, _number(10, 1 + _SETS.index(name)))
+    key = (number(4, kind), number(5, sum(size for _, size in types)))
+    data = (number(6, _TYPE_PORT), number(7, 2)) if flags & _MAP else ()
+    start = (text(1, TABLE), text(2, name), number(3, flags))
+    return _message(_NEW_SET, CREATE, family, *start, *key, *data, number(10, 1 + _SETS.index(name)))
 
 
 def _chain(family: IPFamily, name: str, *more: bytes) -> bytes:
-    return _message(_NEW_CHAIN, CREATE, family, _text(1, TABLE), _text(3, name), *more)
+    return _message(_NEW_CHAIN, CREATE, family, text(1, TABLE), text(3, name), *more)
 
 
 def _chains(scope: Scope) -> Iterator[bytes]:
@@ -217,118 +206,63 @@ def _chains(scope: Scope) -> Iterator[bytes]:
         for rule in _services(scope, portals, node_ports):
             yield _rule(family, chain, rule)
     for name, hook in _HOOKS.items():
-        yield _chain(family, name, _nested(4, _number(1, hook), _number(2, _PRIORITY)), _text(7, "nat"))
+        yield _chain(family, name, nested(4, number(1, hook), number(2, _PRIORITY)), text(7, "nat"))
     if scope.inside_networks:
-        come_from_inside = [_load_address(family, _SOURCE_OFFSET), _look_up(_INSIDE_NETWORKS)]
-        yield _rule(family, "prerouting", [*come_from_inside, _go_to("inside")])
-    yield _rule(family, "prerouting", [_go_to("outside")])
-    yield _rule(family, "output", [_go_to("inside")])
-
-
-def _go_to(chain: str) -> bytes:
-    return _expression("immediate", _number(1, _VERDICT_REGISTER), _nested(2, _verdict(_GOTO, chain)))
-
-
-def _verdict(code: int, chain: str) -> bytes:
-    return _nested(2, _number(1, code), _text(2, chain))
+        come_from_inside = [load_source(family), look_up(_INSIDE_NETWORKS)]
+        yield _rule(family, "prerouting", [*come_from_inside, go_to("inside")])
+    yield _rule(family, "prerouting", [go_to("outside")])
+    yield _rule(family, "output", [go_to("inside")])
 
 
 def _rule(family: IPFamily, chain: str, expressions: Sequence[bytes]) -> bytes:
     # 0x800: at the end of the chain.
-    listed = _nested(4, *(_nested(1, expression) for expression in expressions))
-    return _message(_NEW_RULE, CREATE | 0x800, family, _text(1, TABLE), _text(2, chain), listed)
+    listed = nested(4, *(nested(1, expression) for expression in expressions))
+    return _message(_NEW_RULE, CREATE | 0x800, family, text(1, TABLE), text(2, chain), listed)
 
 
 def _by_map(elements: Iterable[tuple[Key, Value | None]]) -> dict[str, list[bytes]]:
     encoded: dict[str, list[bytes]] = {}
     for (name, key), value in elements:
-        parts = _nested(1, attribute(1, key))
+        parts = nested(1, attribute(1, key))
         if value is not None:
-            parts += _nested(2, attribute(1, struct.pack("!H", value.proxy_port)))
+            parts += nested(2, attribute(1, struct.pack("!H", value.proxy_port)))
             if value.comment:
                 comment = value.comment.encode() + b"\0"
                 parts += attribute(6, bytes((0, len(comment))) + comment)
-        encoded.setdefault(name, []).append(_nested(1, parts))
+        encoded.setdefault(name, []).append(nested(1, parts))
     return encoded
 
 
 def _element_lists(family: IPFamily, kind: int, flags: int, name: str, encoded: Sequence[bytes]) -> Iterator[bytes]:
     for start in range(0, len(encoded), _ELEMENTS_AT_ONCE):
-        listed = _nested(3, *encoded[start : start + _ELEMENTS_AT_ONCE])
-        yield _message(kind, flags, family, _text(1, TABLE), _text(2, name), listed)
+        listed = nested(3, *encoded[start : start + _ELEMENTS_AT_ONCE])
+        yield _message(kind, flags, family, text(1, TABLE), text(2, name), listed)
 
 
 # What is in the chains
 
 
-def _expression(name: str, *parts: bytes) -> bytes:
-    return _text(1, name) + _nested(2, *parts)
-
-
-def _load_protocol(register: int) -> bytes:
-    return _expression("meta", _number(1, register), _number(2, _L4PROTO))
-
-
-def _load(register: int, header: int, offset: int, size: int) -> bytes:
-    return _expression("payload", *map(_number, (1, 2, 3, 4), (register, header, offset, size)))
-
-
-def _load_port(register: int) -> bytes:
-    return _load(register, _TRANSPORT_HEADER, 2, 2)
-
-
-def _load_address(family: IPFamily, offset: Mapping[IPFamily, int]) -> bytes:
-    return _load(_FIRST_REGISTER, _NETWORK_HEADER, offset[family], _ADDRESS_SIZE[family])
-
-
-def _equals(value: bytes) -> bytes:
-    return _expression("cmp", _number(1, _FIRST_REGISTER), _number(2, 0), _nested(3, attribute(1, value)))
-
-
-def _look_up(name: str, result: int | None = None) -> bytes:
-    """Go on if what is in the registers, from the first one on, is in a set; of a map, with what it leads to."""
-    found = () if result is None else (_number(3, result),)
-    return _expression("lookup", _text(1, name), _number(2, _FIRST_REGISTER), *found)
-
-
 def _services(scope: Scope, portals: Iterable[str], node_ports: Iterable[str]) -> Iterator[list[bytes]]:
     """Rules, in the order in which they are asked: what belongs to an address goes before node ports."""
     family = scope.family
-    after_address = _SMALL_REGISTERS + _ADDRESS_SIZE[family] // 4
-    portal = [
-        _load_address(family, _DESTINATION_OFFSET),
-        _load_protocol(after_address),
-        _load_port(after_address + 1),
-    ]
-    node_port = [_load_protocol(_FIRST_REGISTER), _load_port(_SMALL_REGISTERS + 1)]
-    local = [
-        _expression("fib", *map(_number, (1, 2, 3), (_FIRST_REGISTER, _FIB_TYPE, _FIB_DESTINATION))),
-        _equals(struct.pack("=I", _LOCAL)),
-    ]
+    is_wildcard = scope.bind_address == family.wildcard
+    target = to_this_host() if is_wildcard else translate(family, ipaddress.ip_address(scope.bind_address).packed)
+    local = is_local()
     if _is_choosy(scope):
-        local += [_load_address(family, _DESTINATION_OFFSET), _look_up(_NODE_ADDRESSES)]
+        local += [load_destination(family), look_up(_NODE_ADDRESSES)]
     # One rule a protocol: nft takes ports of a protocol that it knows.
-    protocols = [[_load_protocol(_FIRST_REGISTER), _equals(bytes([number]))] for number in PROTOCOL_NUMBERS.values()]
+    protocols = [is_protocol(each) for each in PROTOCOL_NUMBERS.values()]
     for name in portals:
-        end = [*portal, _look_up(name, _FIRST_REGISTER), *_target(scope)]
+        end = [
+            load_destination(family),
+            *load_protocol_and_port(ADDRESS_SIZE[family]),
+            look_up(name, found=True),
+            *target,
+        ]
         yield from (protocol + end for protocol in protocols)
     for name in node_ports if scope.nodeport_networks else ():
-        end = [*node_port, _look_up(name, _FIRST_REGISTER), *_target(scope)]
+        end = [*load_protocol_and_port(0), look_up(name, found=True), *target]
         yield from (local + protocol + end for protocol in protocols)
-
-
-def _target(scope: Scope) -> list[bytes]:
-    """To the proxy port in the first register."""
-    if scope.bind_address == scope.family.wildcard:
-        return [_expression("redir", *map(_number, (1, 2, 3), (_FIRST_REGISTER, _FIRST_REGISTER, _PORT_GIVEN)))]
-    register = _SMALL_REGISTERS + 4
-    ip = ipaddress.ip_address(scope.bind_address).packed
-    kind = (_number(1, _DESTINATION_NAT), _number(2, _NFPROTO[scope.family]))
-    registers = map(_number, (3, 4, 5, 6), (register, register, _FIRST_REGISTER, _FIRST_REGISTER))
-    return [
-        _expression("immediate", _number(1, register), _nested(2, attribute(1, ip))),
-        _expression("nat", *kind, *registers),
-    ]
 
 
 def _is_choosy(scope: Scope) -> bool:
@@ -339,12 +273,12 @@ def _networks(family: IPFamily, name: str, networks: Sequence[Network]) -> Itera
     """A set of networks, if there are any."""
     if not networks:
         return
-    yield _set(family, name, _INTERVAL, [(_TYPE_ADDRESS[family], _ADDRESS_SIZE[family])])
+    yield _set(family, name, _INTERVAL, [(_TYPE_ADDRESS[family], ADDRESS_SIZE[family])])
     encoded = []
     for first, last in _ranges(networks):
-        encoded.append(_nested(1, _nested(1, attribute(1, first.packed))))
+        encoded.append(nested(1, nested(1, attribute(1, first.packed))))
         if int(last) + 1 < 1 << last.max_prefixlen:
-            encoded.append(_nested(1, _nested(1, attribute(1, (last + 1).packed)), _number(3, _INTERVAL_END)))
+            encoded.append(nested(1, nested(1, attribute(1, (last + 1).packed)), number(3, _INTERVAL_END)))
     yield from _element_lists(family, _NEW_ELEMENTS, CREATE, name, encoded)
 
 
@@ -366,11 +300,11 @@ def ask_for_chains(family: IPFamily) -> tuple[int, bytes]:
 
 
 def ask_for_rules(family: IPFamily) -> tuple[int, bytes]:
-    return _SUBSYSTEM << 8 | _GET_RULE, _question(family) + _text(1, TABLE)
+    return _SUBSYSTEM << 8 | _GET_RULE, _question(family) + text(1, TABLE)
 
 
 def ask_for_elements(family: IPFamily, name: str) -> tuple[int, bytes]:
-    return _SUBSYSTEM << 8 | _GET_ELEMENTS, _question(family) + _text(1, TABLE) + _text(2, name)
+    return _SUBSYSTEM << 8 | _GET_ELEMENTS, _question(family) + text(1, TABLE) + text(2, name)
 
 
 def ask_for_generation() -> tuple[int, bytes]:
@@ -378,7 +312,7 @@ def ask_for_generation() -> tuple[int, bytes]:
 
 
 def _question(family: IPFamily) -> bytes:
-    return struct.pack("!BBH", _NFPROTO[family], 0, 0)
+    return struct.pack("!BBH", NFPROTO[family], 0, 0)
 
 
 def read_frame(kind: int, body: bytes) -> bytes:
@@ -412,7 +346,7 @@ def concerns(kind: int, body: bytes) -> IPFamily | None:
         return None
     if dict(attributes(body[4:])).get(1) != _TABLE_NAME:  # the same number in all of them
         return None
-    return next((family for family, number in _NFPROTO.items() if number == body[0]), None)
+    return next((family for family, number in NFPROTO.items() if number == body[0]), None)
 
 
 def read_culprit(kind: int, body: bytes) -> str:
