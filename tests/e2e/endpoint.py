@@ -1,4 +1,4 @@
-"""An endpoint for tests: answers every message over TCP and UDP with its name and the message.
+"""An endpoint for tests: answers every message over TCP and UDP with its name and the message, or who asks.
 
     python endpoint.py NAME PORT [SECONDS]
 
@@ -10,10 +10,14 @@ import sys
 import threading
 import time
 
+WHO = b"who?"
+
 
 def stream(client: socket.socket, name: bytes) -> None:
     with client:
         while message := client.recv(65536):
+            if message == WHO:
+                message = client.getpeername()[0].removeprefix("::ffff:").encode()
             client.sendall(name + b":" + message)
 
 
