@@ -57,7 +57,7 @@ def test_a_cluster_ip_is_the_nodes_while_it_is_a_portal(capture, run, node, fami
 
 def test_what_the_host_has_already_needs_nothing(capture, run, node, client):
     external = redirect("10.1.0.1", kind=PortalKind.EXTERNAL_IP)
-    assert run(capture.replace([redirect("127.96.0.10"), redirect("fd01::1"), external])).refused == ()
+    assert run(capture.replace([redirect("127.96.0.10"), redirect("fd01::1"), external])) == Changes()
     assert ours(node) == set()
 
 
@@ -77,8 +77,9 @@ def test_an_address_of_somebody_elses_is_not_taken_until_it_is_ours(capture, run
 def test_a_route_that_others_took_away_comes_back_with_the_next_sync(capture, run, node):
     run(capture.replace([redirect()]))
     node.run("ip route flush table local proto 117")
-    run(capture.replace([redirect()], Difference()))
+    assert run(capture.replace([redirect()], Difference())) == Changes(repaired=1)
     assert ours(node) == {"10.96.0.10"}
+    assert run(capture.replace([redirect()], Difference())) == Changes()
 
 
 def test_withdrawn_addresses_stay_for_what_is_established(capture, run, node):

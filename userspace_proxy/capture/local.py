@@ -71,26 +71,33 @@ class Local:
             raise CaptureError(f"routes: {error}") from error
 
     def _replace(self, redirects: Collection[Redirect], difference: Difference | None) -> Changes:
+        thoroughly = difference is None or not (difference.gone or difference.new)
         if difference is None:
             before, now = {r for found in self._wanted.values() for r in found}, set(redirects)
             difference = Difference(tuple(before - now), tuple(now - before))
         gone, new = self._exchange(difference)
-        thoroughly = not (difference.gone or difference.new)
         looked_at = set(self._wanted) if thoroughly else new | (self._unmet.keys() & self._wanted.keys())
         foreign = {ip for ip in looked_at if self._is_foreign(ip)}
+        left = self._routed(looked_at | gone)
+        if thoroughly:
+            for routes in self._routes.values():
+                routes.reread()
+        repaired = len(left - self._routed(left))
         problems: dict[str, str] = {}
         for family, routes in self._routes.items():
-            if thoroughly:
-                routes.reread()
-                problems |= routes.serve(_of(family, looked_at - foreign))
-            else:
-                problems |= routes.change(_of(family, gone), _of(family, looked_at - foreign))
+            asked = _of(family, looked_at - foreign)
+            problems |= routes.serve(asked) if thoroughly else routes.change(_of(family, gone), asked)
         for ip in problems.keys() - self._wanted.keys():
             logger.warning("capture local: %s", problems[ip])
         unrouted = {ip: f"{why}; it takes CAP_NET_ADMIN" for ip, why in problems.items() if ip in self._wanted}
         self._unmet = unrouted | dict.fromkeys(foreign, _NOT_OURS)
         refused = (f"{r.owner}: {r.portal}: {why}" for ip, why in self._unmet.items() for r in self._wanted[ip])
-        return Changes(len(new - self._unmet.keys()), len(gone), refused=tuple(sorted(refused)))
+        routed = self._routed(looked_at | gone)
+        return Changes(len(routed - left), len(left - routed), repaired, tuple(sorted(refused)))
+
+    def _routed(self, ips: Iterable[str]) -> set[str]:
+        """Those that have a route of ours."""
+        return {ip for ip in ips if any(ip in routes for routes in self._routes.values())}
 
     def _exchange(self, difference: Difference) -> tuple[set[str], set[str]]:
         """The addresses that are wanted no more, and those that were not before."""

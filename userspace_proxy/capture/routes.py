@@ -65,6 +65,10 @@ class Routes:
         self._ours: set[str] = set()
         self.reread()
 
+    def __contains__(self, ip: str) -> bool:
+        """Whether it has a route of ours."""
+        return ip in self._ours
+
     def close(self) -> None:
         self._netlink.close()
 
