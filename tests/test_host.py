@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,34 @@ def test_what_the_peer_has_not_taken_is_undelivered(family: int) -> None:
             while client.recv(1 << 20):
                 pass
         eventually(lambda: not host.undelivered({number}))
+
+
+def test_who_has_a_port_is_told_by_name(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    name = Path("/proc/self/comm").read_text().strip()
+    assert host.who_has(port) == f"{name} (pid {os.getpid()})"
+    assert port not in host.listeners_on_all_addresses()
+    listener.close()
+    assert host.who_has(port) == ""
+
+
+@pytest.mark.parametrize(("family", "ip"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
+def test_who_listens_on_all_addresses(family: int, ip: str) -> None:
+    with socket.create_server((ip, 0), family=family) as everywhere:
+        assert everywhere.getsockname()[1] in host.listeners_on_all_addresses()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def test_what_is_delivered_here() -> None:
+    assert host.is_delivered_here("127.96.0.10")
+    assert host.is_delivered_here("::1")
+    assert not host.is_delivered_here("255.255.255.255")
+
+
+def test_ports_below_the_first_that_all_may_have() -> None:
+    assert 0 <= host.first_unprivileged_port() <= 65535
