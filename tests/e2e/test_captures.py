@@ -113,7 +113,7 @@ def assert_served(node: Node, client: Namespace) -> None:
 
 
 def test_one_way_leaves_nothing_for_the_next_though_it_was_killed(node: Node) -> None:
-    for way in (*WAYS, *WAYS[::-1], "none"):
+    for way in (*WAYS, WAYS[0], "none"):
         node.start(f"--capture={way}")
         assert {name for name, found in left(node).items() if found} == {way} - {"none"}
         if way != "none":
