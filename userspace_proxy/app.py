@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from functools import partial
 
 from userspace_proxy import __version__, host
 from userspace_proxy.admin.debugging import add_debugging
-from userspace_proxy.admin.health import Health, HealthPages, is_fresh
+from userspace_proxy.admin.health import Health, HealthPages, is_fresh, is_live
 from userspace_proxy.admin.healthchecks import Checked, HealthChecks
 from userspace_proxy.admin.metrics import Views
 from userspace_proxy.admin.servers import AdminServer
@@ -38,6 +39,7 @@ from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sockets.portals import PortalSockets
 from userspace_proxy.sources import choose as sources
 from userspace_proxy.sources.base import Event, Source
+from userspace_proxy.systemd import Supervisor
 from userspace_proxy.table import render
 from userspace_proxy.tuning import cpus, set_oom_score, tune_conntrack
 from userspace_proxy.workers.messages import Start
@@ -122,6 +124,7 @@ class App:
             ),
             most_descriptors=limit - min(2 * RESERVE, limit // 2),
         )
+        self._supervisor = Supervisor(os.environ, os.getpid())
         self._health_checks = HealthChecks(self._is_healthy, config.nodeport_addresses, self._no_health_check)
 
     async def run(self) -> Config | None:
@@ -130,7 +133,7 @@ class App:
         Where the config file ended it, what to start anew with.
         """
         sys.setswitchinterval(SWITCH)
-        self._signals.reload = self._source.reload
+        self._signals.reload = self._read_anew
         self._source.tell(Event("Starting", "StartKubeProxy", f"userspace-proxy {__version__} starts"))
         gc.disable()  # until the first sync is done: all that is made before is there to stay
         try:
@@ -144,6 +147,7 @@ class App:
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
                 tasks.create_task(self._show_table(), name="table")
+                tasks.create_task(self._supervised(), name="supervisor")
                 tasks.create_task(self._end_on_signal(), name="signals")
                 if self._config_file:
                     tasks.create_task(self._end_on_change(self._config_file), name="config file")
@@ -167,6 +171,29 @@ class App:
         except OSError as error:  # a full disk, or a reader that has left: no reason to end
             logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
 
+    async def _supervised(self) -> None:
+        await self._proxier.progress.first_sync.wait()
+        self._supervisor.ready()
+        await self._supervisor.run(self._status, self._is_live)
+
+    def _status(self) -> str:
+        """A line for `systemctl status`."""
+        if self._signals.stop.is_set():
+            return "draining"
+        trouble = self._proxier.progress.capture_error
+        return f"serving {self._proxier.service_ports} service ports, capture {self._capture.name}" + (
+            f": {trouble}" if trouble else ""
+        )
+
+    def _is_live(self) -> bool:
+        return is_live(self._health(), time.monotonic(), 2 * self._config.iptables_sync_period)
+
+    def _read_anew(self) -> None:
+        """What is read is served as every change is, when it is there; to have begun is all there is to tell."""
+        self._supervisor.reloading()
+        self._source.reload()
+        self._supervisor.reloaded()
+
     async def _end_on_signal(self) -> None:
         """Drain while health, metrics and the control loop still answer; then end them all."""
         await self._signals.stop.wait()
@@ -181,6 +208,10 @@ class App:
 
     async def _drain(self) -> None:
         """Until nothing is left to wait for, a second signal comes, or the time is over."""
+        if self._signals.final:
+            self._supervisor.stopping()
+        else:
+            self._supervisor.reloading()
         self._proxier.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_timeout), asyncio.TaskGroup() as tasks:
@@ -272,6 +303,8 @@ class App:
         return self._metrics.exposition()
 
     async def _leave_nothing_behind(self) -> None:
+        if self._signals.final:  # it may have come while a new config file was the reason to end
+            self._supervisor.stopping()
         await self._data_path.count()
         left = sum(sockets.active for sockets in self._data_path.sockets.values())
         if left:

@@ -399,6 +399,11 @@ class Proxier:
         """Held by proxy sockets and claims."""
         return self._serving.descriptors
 
+    @property
+    def service_ports(self) -> int:
+        """How many there are to serve."""
+        return len(self._snapshot.services) if self._snapshot else 0
+
     def report(self) -> list[dict[str, object]]:
         """Every service port and what became of it; for /services and the table at the start."""
         return self._serving.report((self._snapshot or Snapshot()).services)
