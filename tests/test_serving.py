@@ -342,6 +342,25 @@ def test_scopes_count_together(run: Run) -> None:
     run(main())
 
 
+def test_each_scope_is_shown_with_the_places_that_lead_to_it(run: Run) -> None:
+    async def main() -> None:
+        with serving() as made:
+            service = dataclasses.replace(
+                TCP, node_port=30080, load_balancer_ips=("192.0.2.1",), external_policy=TrafficPolicy.LOCAL
+            )
+            down = made.report({NAME: service})
+            assert [(row["state"], row["scope"], row["nodePort"]) for row in down] == [("down", "", 30080)]
+            assert made.open(KEY, service, ())
+            assert made.open(LOCAL_KEY, service, ())
+            cluster, local = made.report({NAME: service})
+            assert cluster["clusterIPs"] == ["127.96.0.1:80"]
+            assert local["clusterIPs"] == []
+            for row in (cluster, local):  # clients inside come to the one, others to the other
+                assert (row["externalIPs"], row["nodePort"]) == (["192.0.2.1:80"], 30080)
+
+    run(main())
+
+
 def test_what_brings_clients_to_their_sockets(run: Run) -> None:
     async def main() -> None:
         with serving() as made:

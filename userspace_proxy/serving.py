@@ -28,6 +28,7 @@ from userspace_proxy.model import (
     Node,
     Place,
     Portal,
+    PortalKind,
     Protocol,
     Redirect,
     ServicePort,
@@ -52,6 +53,7 @@ TRIES = 256
 """Proxy ports tried for one service port in one sync; with more of them taken, something else is wrong."""
 
 _PORT_IS_NOT_OURS = frozenset({errno.EADDRINUSE, errno.EACCES})
+_EXTERNAL = (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP)
 _KIND = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 
 
@@ -401,6 +403,7 @@ class Serving:
 
 def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: Sequence[str]) -> dict[str, object]:
     endpoints = served.balancer.endpoints if served else ()
+    portals = [p for p in service.portals(key.family) if served is None or key in _targets(key.name, service, p)]
     return {
         "namespace": key.name.namespace,
         "name": key.name.name,
@@ -408,13 +411,9 @@ def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: 
         "family": key.family.value,
         "scope": key.scope,
         "protocol": service.protocol.value,
-        "clusterIPs": [join_host_port(ip, service.port) for ip in service.cluster_ips if family_of(ip) is key.family],
-        "externalIPs": [
-            join_host_port(ip, service.port)
-            for ip in (*service.external_ips, *service.load_balancer_ips)
-            if family_of(ip) is key.family
-        ],
-        "nodePort": service.node_port,
+        "clusterIPs": [join_host_port(p.ip, p.port) for p in portals if p.kind is PortalKind.CLUSTER_IP],
+        "externalIPs": [join_host_port(p.ip, p.port) for p in portals if p.kind in _EXTERNAL],
+        "nodePort": sum(p.port for p in portals if p.kind is PortalKind.NODE_PORT),
         "proxyPort": served.socket.port if served else 0,
         "affinity": service.affinity.value,
         "endpoints": [join_host_port(*address) for address in endpoints],
@@ -422,6 +421,12 @@ def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: 
         "state": ("serving" if endpoints else "silent" if served.silent else "refusing") if served else "down",
         "problems": list(problems),
     }
+
+
+def _targets(name: ServicePortName, service: ServicePort, portal: Portal) -> tuple[SocketKey, SocketKey]:
+    """Where clients of a portal are sent to, and those inside."""
+    key = service.key(name, portal)
+    return key, inside(portal, key)
 
 
 def _proxy_place(key: SocketKey, served: Served) -> Place:

@@ -48,6 +48,7 @@ def _try_line(rows: Sequence[Row], *, captured: bool) -> str:
         row
         for row in rows
         if row["endpoints"]
+        and row["clusterIPs"]
         and row["protocol"] == "TCP"
         and (row["port"].startswith("http") or row["clusterIPs"][0].endswith(":80"))
     ]

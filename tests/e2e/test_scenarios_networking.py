@@ -11,7 +11,20 @@ import pytest
 
 from tests.e2e import programs
 from tests.e2e.client import DATAGRAM, connect
-from tests.e2e.cluster import ADDRESSES, KINDS, OTHER_PORT, PORT, STREAM, Cluster, Service, endpoint, met, reaches
+from tests.e2e.cluster import (
+    ADDRESSES,
+    KINDS,
+    NODE,
+    OTHER_PORT,
+    PORT,
+    STREAM,
+    Cluster,
+    Service,
+    endpoint,
+    met,
+    node_object,
+    reaches,
+)
 from tests.e2e.node import port
 from tests.e2e.test_scenarios_loadbalancers import one_port
 from tests.netns import eventually
@@ -172,6 +185,21 @@ def test_dns_should_provide_dns_for_services(cluster: Cluster, dns: Service) -> 
 def test_networking_should_check_kube_proxy_urls(cluster: Cluster) -> None:
     assert set(json.loads(cluster.node.get("/healthz", 10256))) >= {"lastUpdated", "currentTime"}
     assert cluster.node.get("/proxyMode") == "userspace"
+
+
+def test_the_node_hears_that_its_proxy_starts(cluster: Cluster) -> None:
+    eventually(lambda: cluster.api.made)
+    path, event = cluster.api.made[0]
+    assert path == "/apis/events.k8s.io/v1/namespaces/default/events"
+    assert (event["reason"], event["regarding"]["name"]) == ("Starting", NODE)
+
+
+def test_a_node_that_is_being_deleted_is_no_place_for_new_clients(cluster: Cluster) -> None:
+    cluster.api.put(node_object(deletionTimestamp="2026-11-21T12:00:00Z"))
+    eventually(lambda: not json.loads(cluster.node.get("/healthz", 10256))["nodeEligible"])
+    assert cluster.node.get("/readyz", 10256) == "ok"
+    cluster.api.put(node_object())
+    eventually(lambda: json.loads(cluster.node.get("/healthz", 10256))["nodeEligible"])
 
 
 def test_networking_should_recreate_its_iptables_rules_if_they_are_deleted(cluster: Cluster) -> None:
