@@ -1,8 +1,9 @@
 """What systemd, or whoever else started this program, is told of its life: sd_notify's datagrams.
 
-READY once the first sync is done, RELOADING while something is read anew, STOPPING when it drains, a line for `systemctl
-status`, and heart beats for as long as the control loop is alive. Where $NOTIFY_SOCKET is not set nobody is told
-anything; where the socket takes nothing, that is no reason to stop serving. When what is the case is `app`'s to know.
+READY once the first sync is done, RELOADING while something is read anew, STOPPING when it drains, a line for
+`systemctl status`, and heart beats for as long as the control loop is alive. Where $NOTIFY_SOCKET is not set nobody is
+told anything; where the socket takes nothing, that is no reason to stop serving. When what is the case is `app`'s to
+know.
 """
 
 from __future__ import annotations
