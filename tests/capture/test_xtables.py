@@ -226,9 +226,7 @@ def test_where_the_lock_file_is_another_users_an_own_one_is_taken(node, tmp_path
     """As in a user namespace: root there, but not for the machine's files."""
     run_directory = tmp_path / "run"
     run_directory.mkdir(mode=0o777)
-    with node.entered():
-        namespace = os.stat("/proc/thread-self/ns/net").st_ino
-    own = os.path.join(run_directory, f"xtables-{namespace}.lock")
+    own = os.path.join(run_directory, f"xtables-{os.getuid()}.lock")
     program = (
         "import os; os.environ.update(XTABLES_LOCKFILE='/proc/nowhere/lock', XDG_RUNTIME_DIR='%s'); "
         "from userspace_proxy.capture import xtables, rules; from userspace_proxy.model import IPFamily; "

@@ -376,8 +376,9 @@ def _open_lock_file() -> int:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise XtablesError(f"xtables lock {_lock_path()}: {error.strerror}") from error
     # In a user namespace the file is root's. The programs must then be told of ours.
-    namespace = os.stat("/proc/self/ns/net").st_ino  # whose rules they are; everybody is user 0 in his own
-    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir()), f"xtables-{namespace}.lock")
+    with open("/proc/self/uid_map") as users:
+        user = users.read().split()[1]  # of the host, as everybody is user 0 in a namespace of his own
+    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir()), f"xtables-{user}.lock")
     try:
         descriptor = os.open(own, flags | os.O_NOFOLLOW, 0o600)
     except OSError as error:
