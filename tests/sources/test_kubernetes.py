@@ -6,7 +6,9 @@ import asyncio
 import dataclasses
 import logging
 import random
+import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +446,26 @@ def test_a_saved_state_is_served_until_the_api_server_is_back(
     api.delete(WEB)
     run(second())
     assert "is served until the API server has told its own" in caplog.text
+
+
+def test_a_state_that_was_about_to_be_saved_at_the_end_is_saved(api: APIServer, run: Run, tmp_path: Path) -> None:
+    """The saving has begun, but not its thread: all of them are busy."""
+    gate = threading.Event()
+
+    async def main() -> None:
+        threads = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(threads)
+        async with follow(api, state=tmp_path).running() as follower:
+            await eventually(lambda: follower.published)
+            await eventually(lambda: any(tmp_path.iterdir()))
+            threads.submit(gate.wait)
+            api.put(endpoints("web", ["10.1.0.3:8080"]))
+            await eventually(lambda: follower.addresses("web") == ["10.1.0.3:8080"])
+            await asyncio.sleep(4 * PACE.save_after)
+        gate.set()
+
+    run(main())
+    assert "10.1.0.3" in next(tmp_path.iterdir()).read_text()
 
 
 def test_a_saved_state_is_left_alone_where_the_api_server_answers(api: APIServer, run: Run, tmp_path: Path) -> None:

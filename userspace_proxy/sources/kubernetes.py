@@ -176,7 +176,8 @@ class KubernetesSource:
         self._store = Store()
         self._away = asyncio.Event()
         self._changed = asyncio.Event()
-        """The state has changed since it was last saved."""
+        """The state has changed since saving it was last begun."""
+        self._written: Snapshot | None = None
         self._snapshot: Snapshot | None = None
         self._publish: Publish = lambda snapshot: None
         self._services = _ObjectFeed(self._store, self._flush, self._away.set)
@@ -208,7 +209,7 @@ class KubernetesSource:
                     tasks.create_task(self._save_changes(self._saved), name="save state")
         finally:
             await self._connection.close()
-            if self._saved is not None and self._changed.is_set() and self._snapshot is not None:
+            if self._saved and self._snapshot and self._snapshot is not self._written:
                 self._save(self._saved, self._snapshot)
 
     def tell(self, event: Event) -> None:
@@ -253,8 +254,10 @@ class KubernetesSource:
             await self._changed.wait()
             await asyncio.sleep(self._pace.save_after)
             self._changed.clear()
-            if self._snapshot is not None:
-                await asyncio.to_thread(self._save, saved, self._snapshot)
+            snapshot = self._snapshot
+            if snapshot is not None:
+                await asyncio.to_thread(self._save, saved, snapshot)
+                self._written = snapshot
 
     def _save(self, saved: SavedState, snapshot: Snapshot) -> None:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -44,9 +45,17 @@ class SavedState:
     def __init__(self, directory: Path, server: str) -> None:
         self.file = directory / FILE
         self._server = server
+        self._turn = threading.Lock()
 
     def save(self, snapshot: Snapshot) -> None:
-        """Raises OSError. May run on another thread: a Snapshot does not change, and no step of it takes long."""
+        """Raises OSError. May run on another thread: a Snapshot does not change, and no step of it takes long.
+
+        A thread that nobody waits for any more may still be at it when the end saves what came since.
+        """
+        with self._turn:
+            self._write(snapshot)
+
+    def _write(self, snapshot: Snapshot) -> None:
         names = [*snapshot.services, *(name for name in snapshot.endpoints if name not in snapshot.services)]
         lines = [
             msgspec.json.encode(_Line(name, snapshot.services.get(name), snapshot.endpoints.get(name)))
