@@ -5,11 +5,15 @@ from __future__ import annotations
 import fnmatch
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
+
+from userspace_proxy.config import Config
 
 TOP = pathlib.Path(__file__).parent.parent
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -125,3 +129,47 @@ def test_the_image_is_built_from_what_docker_is_shown(source):
     assert any(fnmatch.fnmatch(source, line[1:]) for line in lines if line.startswith("!"))
     copied = [line for line in (TOP / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
     assert any(source in line.split() for line in copied)
+
+
+def dockerfile() -> str:
+    """Each instruction in one line."""
+    return re.sub(r"\\\n", "", (TOP / "Dockerfile").read_text())
+
+
+def test_the_image_is_built_by_the_steps_of_the_dockerfile(tmp_path):
+    """Without an engine: copy what is copied, build the wheel, install it, start its entry point."""
+    source, wheels, target = tmp_path / "src", tmp_path / "wheels", tmp_path / "target"
+    source.mkdir()
+    for line in re.findall(r"^COPY (.*)$", dockerfile(), re.MULTILINE):
+        *files, place = line.split()
+        for file in files:
+            if (TOP / file).is_dir():
+                shutil.copytree(TOP / file, source / place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(TOP / file, source / place)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    [build] = re.findall(r"^RUN pip (wheel .*)$", dockerfile(), re.MULTILINE)
+    # What it depends on is what the tests run with.
+    wheel_command = [*pip, *build.replace("/wheels", str(wheels)).split(), "--no-deps", "--quiet"]
+    subprocess.run(wheel_command, cwd=source, check=True, timeout=110)
+    [wheel] = wheels.iterdir()
+    modules = {str(path.relative_to(TOP)) for path in (TOP / "userspace_proxy").rglob("*.py")}
+    assert modules <= set(zipfile.ZipFile(wheel).namelist())
+    subprocess.run([*pip, "install", "--no-deps", "--quiet", "--target", target, wheel], check=True, timeout=60)
+    [entry] = re.findall(r'^ENTRYPOINT \["(.*)"\]$', dockerfile(), re.MULTILINE)
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    shown = subprocess.run(
+        [target / "bin" / entry, "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    assert shown.stdout.startswith(b"userspace-proxy ")
+
+
+def test_the_health_check_of_the_image_asks_for_a_page_that_there_is():
+    [check] = re.findall(r'^HEALTHCHECK .*CMD \["python", "-c", "(.*)"\]$', dockerfile(), re.MULTILINE)
+    compile(check, "HEALTHCHECK", "exec")
+    assert f":{Config().healthz_bind_address[1]}/livez" in check
