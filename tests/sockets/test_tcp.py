@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import socket
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.proxy import Servers, address, echo, eventually, listener
 from tests.sockets.conftest import Start, also_with_workers
 from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Portal, PortalKind, Protocol
-from userspace_proxy.sockets import tcp
+from userspace_proxy.sockets import dial, tcp
 
 V4 = IPFamily.IPV4
 
@@ -159,3 +160,20 @@ def test_half_open_strangers_do_not_hold_the_loop(start: Start) -> None:
                 stranger.close()
             assert answered(client)
         eventually(lambda: proxy.counts.active == 0)
+
+
+def test_a_dial_that_worked_while_we_were_late_is_not_repeated(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is held up for longer than an attempt is given, with the answer in the kernel."""
+    with Servers(echo) as endpoint:
+        proxy = start(Protocol.TCP, V4, [endpoint.address])
+        take = proxy.socket.on_events  # type: ignore[attr-defined]
+
+        def take_and_stall(events: int) -> None:
+            take(events)
+            time.sleep(dial.LADDER[0] + 0.1)
+
+        monkeypatch.setattr(proxy.socket, "on_events", take_and_stall)
+        with proxy.connect() as client:
+            assert answered(client)
+        assert proxy.counts.dials == endpoint.accepted == 1
+        assert not proxy.counts.dial_failures

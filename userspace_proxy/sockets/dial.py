@@ -134,8 +134,18 @@ class Dial:
         self._dialer.on_connected(self, sock, events)
 
     def time_out(self) -> None:
-        """Go on to the next attempt."""
-        self._fail(errno.ETIMEDOUT)
+        """Go on to the next attempt, unless it is we who are late: word of a connection may be waiting for its turn."""
+        if not self._is_connected():
+            self._fail(errno.ETIMEDOUT)
+
+    def _is_connected(self) -> bool:
+        if self._sock is None:
+            return False
+        try:
+            self._sock.getpeername()
+        except OSError:
+            return False
+        return True
 
     def _connect(self) -> SocketType:
         sock = SocketType(self._dialer.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
