@@ -56,7 +56,7 @@ def sctp() -> str:
     except OSError as error:
         return (
             f"this kernel offers no SCTP ({error.strerror}): load its module (modprobe sctp; Debian's cloud kernels "
-            "lack it, its other kernels have it), or use another kernel; SCTP service ports are tried again at each sync"
+            "lack it, its other kernels have it), or use another kernel; it is tried again at each sync"
         )
     return ""
 

@@ -41,7 +41,7 @@ class Outcome:
             if _COVERAGE in environment:
                 environment[_COVERAGE] = _measure_into(environment[_COVERAGE], directory)
             command = [sys.executable, str(_MACHINE), "--writable", directory, sys.executable, "-m", "pytest"]
-            options = ["-p", "no:cacheprovider", "-q", "--color=no", f"--rootdir={config.rootpath}"]
+            options = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-q", "--color=no", f"--rootdir={config.rootpath}"]
             done = subprocess.run(
                 [*command, *options, *names],
                 cwd=config.rootpath,
@@ -88,10 +88,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     if _IN_GUEST or not item.get_closest_marker("sctp") or not host.sctp():
         return None
     if kernel() is None or os.geteuid() != 0:
-        item.add_marker(pytest.mark.skip(reason="needs SCTP: a kernel with it, or root and the package user-mode-linux"))
+        item.add_marker(pytest.mark.skip(reason="needs a kernel with SCTP, or root and the package user-mode-linux"))
         return None
     stash = item.session.stash
     if _outcome not in stash:
+        # The time of all of them is not this one's; the machine has a limit of its own.
+        item.config.hook.pytest_timeout_cancel_timer(item=item)
         stash[_outcome] = Outcome(item.session)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[_outcome].of(item):
