@@ -55,8 +55,10 @@ class ProxyThread:
         max_flows: int = 1000,
         descriptors: int = 10000,
         workers: int = 1,
+        bind: str = "",
     ) -> None:
         self.family = family
+        self._bind = bind or family.loopback
         self.protocol = protocol
         self.metrics = Metrics()
         self._counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
@@ -94,7 +96,7 @@ class ProxyThread:
             with contextlib.suppress(PortError):
                 return self.sockets.open(
                     SocketKey(NAME, self.family),
-                    self.family.loopback,
+                    self._bind,
                     random.randint(20000, 30000),
                     self.balancer,
                     self._counts,

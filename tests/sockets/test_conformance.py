@@ -8,19 +8,27 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.proxy import KINDS, Named, ProxyThread, address, ask, eventually, listener, plain
-from tests.sockets.conftest import Start, also_with_workers
+from tests.proxy import Named, ProxyThread, address, ask, eventually, listener, plain
+from tests.sockets.conftest import Start
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.model import Endpoint, IPFamily, Protocol, SessionAffinity
 
-pytestmark = also_with_workers
+VARIANTS = {
+    Protocol.TCP: ("asyncio", "uvloop", "2 workers"),
+    Protocol.UDP: ("asyncio", "uvloop", "2 workers"),
+    Protocol.SCTP: ("asyncio", "uvloop"),  # with workers, the same code in the control process: see test_sctp
+}
 
-
-@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.sctp if kind is Protocol.SCTP else ()) for kind in KINDS])
-def protocol(request: pytest.FixtureRequest) -> Protocol:
-    value: Protocol = request.param
-    return value
+pytestmark = pytest.mark.parametrize(
+    ("protocol", "variant"),
+    [
+        pytest.param(protocol, variant, marks=pytest.mark.sctp if protocol is Protocol.SCTP else ())
+        for protocol, variants in VARIANTS.items()
+        for variant in variants
+    ],
+    indirect=["variant"],
+)
 
 
 @pytest.fixture

@@ -41,7 +41,15 @@ class Outcome:
             if _COVERAGE in environment:
                 environment[_COVERAGE] = _measure_into(environment[_COVERAGE], directory)
             command = [sys.executable, str(_MACHINE), "--writable", directory, sys.executable, "-m", "pytest"]
-            options = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-q", "--color=no", f"--rootdir={config.rootpath}"]
+            options = [
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:hypothesispytest",
+                "-q",
+                "--color=no",
+                f"--rootdir={config.rootpath}",
+            ]
             done = subprocess.run(
                 [*command, *options, *names],
                 cwd=config.rootpath,

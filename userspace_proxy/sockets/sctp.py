@@ -34,6 +34,9 @@ from userspace_proxy.sockets.tcp import BACKLOG, TCPSocket, TCPSockets
 
 MAX_MESSAGE = 1 << 20
 """Bytes. A longer one ends its association, since it would have to be kept whole."""
+WINDOW = MAX_MESSAGE
+"""Bytes that may be on their way to us. Where a message does not fit, the kernel discards parts of it, which are sent
+again a second later (measured); so this is more than net.core.rmem_max where that is allowed."""
 STREAMS = 1024
 """Streams toward a client at most, be its own limit what it may: they cost the kernel some 40 bytes each."""
 HEARTBEAT = 15_000
@@ -50,6 +53,7 @@ _NODELAY = 3
 _RECVRCVINFO = 32
 _SNDINFO = 2
 _SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
 _NOTIFICATION = 0x8000
 _EOR = int(socket.MSG_EOR)
 _DONTWAIT = int(socket.MSG_DONTWAIT)
@@ -286,6 +290,7 @@ def prepare(sock: SocketType, outgoing: int = STREAMS, incoming: int = 65535) ->
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
     sock.setsockopt(_SCTP, _NODELAY, 1)
     sock.setsockopt(_SCTP, _RECVRCVINFO, 1)
+    _set_buffer(sock, socket.SO_RCVBUF, _SO_RCVBUFFORCE, WINDOW)
     wrapped = _wrap(sock)
     wrapped.events.association = 1
     streams = wrapped.initparams
@@ -327,11 +332,16 @@ def _make_room(sink: SocketType, size: int) -> bool:
     """A message must fit the send buffer, which the kernel makes twice what is asked for; whether it fits now."""
     if size > MAX_MESSAGE:
         return False
-    try:
-        sink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
-    except OSError:
-        sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+    _set_buffer(sink, socket.SO_SNDBUF, _SO_SNDBUFFORCE, size)
     return sink.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= size
+
+
+def _set_buffer(sock: SocketType, option: int, forced: int, size: int) -> None:
+    """As large as asked for where that is allowed, else as large as the system's limit."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, forced, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, option, size)
 
 
 def _as_sent(ancillary: _Control) -> _Control:
