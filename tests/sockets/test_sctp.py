@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import sctp as pysctp
 
 from tests.netns import Namespace
-from tests.proxy import ProxyThread, Servers, address, eventually, listener, plain
+from tests.proxy import ProxyThread, address, eventually, listener, plain
 from tests.sockets.conftest import Start
 from userspace_proxy import host
 from userspace_proxy.exceptions import ProtocolUnavailable
@@ -265,15 +266,18 @@ def test_an_abort_is_passed_on_as_one(start: Start, first: str) -> None:
 @needs_sctp
 def test_what_comes_for_a_client_that_has_shut_down_is_not_lost_in_silence(start: Start) -> None:
     with pair(start) as (client, server, proxy):
-        client.sock.shutdown(socket.SHUT_WR)
-        eventually(lambda: bool(proxy.sessions()) and proxy.sessions()[0]["state"] == "half-closed")
-        # Our kernel has been told of the end, and the server has not looked yet.
-        with contextlib.suppress(BrokenPipeError):
+
+        def cross() -> None:
+            # On the loop's own thread, so that the proxy meets both at once.
+            client.sock.shutdown(socket.SHUT_WR)
             server.send(Message(b"too late"))
-            with pytest.raises(ConnectionResetError):
-                server.receive()
-                server.receive()
+            time.sleep(0.05)
+
+        proxy.call(cross)
+        with pytest.raises(ConnectionResetError):
+            server.receive()
         ends(proxy, Outcome.CLIENT_CLOSED)
+        assert dict(proxy.counts.drops) == {"receiver has shut down": 1}
 
 
 @needs_sctp
@@ -318,26 +322,20 @@ def test_a_stalled_reader_stops_its_writer(start: Start) -> None:
 
 @needs_sctp
 def test_clients_beyond_the_limit_wait_and_are_served_when_others_leave(start: Start) -> None:
-    def answer(sock: socket.socket) -> None:
-        sock.sendall(sock.recv(10))
-        sock.recv(10)
-
-    with Servers(answer, protocol=SCTP) as endpoint:
-        proxy = start(SCTP, V4, [endpoint.address], descriptors=20)
-        clients = [client_of(proxy) for _ in range(15)]
-        for client in clients:
-            client.send(Message(b"x"))
-        for client in clients[:10]:
-            assert client.receive() == Message(b"x")
-        clients[10].sock.settimeout(0.3)
+    with listener(V4, SCTP) as endpoint, contextlib.ExitStack() as stack:
+        proxy = start(SCTP, V4, [address(endpoint)], descriptors=20)
+        clients = [stack.enter_context(client_of(proxy)) for _ in range(15)]
+        for _ in range(10):
+            stack.enter_context(endpoint.accept()[0])
+        endpoint.settimeout(0.3)
         with pytest.raises(TimeoutError):
-            clients[10].receive()
+            endpoint.accept()
+        assert proxy.metrics.accept_pauses
         for client in clients[:10]:
             client.sock.close()
-        for client in clients[10:]:
-            client.sock.settimeout(10)
-            assert client.receive() == Message(b"x")
-            client.sock.close()
+        endpoint.settimeout(10)
+        for _ in range(5):
+            stack.enter_context(endpoint.accept()[0])
 
 
 def resident() -> int:
@@ -346,6 +344,8 @@ def resident() -> int:
 
 
 @needs_sctp
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("variant", ["uvloop"], indirect=True)
 def test_a_thousand_associations_leave_nothing(start: Start) -> None:
     with listener(V4, SCTP) as endpoint:
         proxy = start(SCTP, V4, [address(endpoint)])
@@ -384,6 +384,7 @@ def test_dials_go_on_past_a_refusing_and_a_silent_endpoint(start: Start, family:
             clients = [client_of(proxy) for _ in range(3)]
             for client in clients:
                 client.send(Message(b"found"))
+            for client in clients:
                 with Peer(endpoint.accept()[0]) as server:
                     assert server.receive() == Message(b"found")
                 client.sock.close()

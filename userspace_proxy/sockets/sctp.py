@@ -200,8 +200,14 @@ class Messages(Direction):
             self.pump(READABLE)
 
     def finish(self) -> None:
-        if self.reverse.lost:
-            self.reverse.end_with_loss()
+        reverse = self.reverse
+        if not (reverse.eof or reverse.blocked):
+            # Once the sink's kernel has answered a SHUTDOWN, nothing can tell it any more that a message was lost.
+            reverse.pump(READABLE)
+        if self.relay.ended:
+            return
+        if reverse.lost:
+            reverse.end_with_loss()
         else:
             super().finish()
 
