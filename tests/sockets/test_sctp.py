@@ -379,16 +379,13 @@ def test_dials_go_on_past_a_refusing_and_a_silent_endpoint(start: Start, family:
             node.add_address("hole", text)
         node.run("ip link set hole up")
         silent = "192.0.2.2" if family is V4 else "2001:db8::2"
-        with listener(family, SCTP) as endpoint:
+        with listener(family, SCTP) as endpoint, contextlib.ExitStack() as stack:
             proxy = start(SCTP, family, [(family.loopback, 9), (silent, 9), address(endpoint)])
-            clients = [client_of(proxy) for _ in range(3)]
+            clients = [stack.enter_context(client_of(proxy)) for _ in range(3)]
             for client in clients:
                 client.send(Message(b"found"))
-            for client in clients:
-                with Peer(endpoint.accept()[0]) as server:
-                    assert server.receive() == Message(b"found")
-                client.sock.close()
-            eventually(lambda: proxy.counts.active == 0)
+            for server in [stack.enter_context(Peer(endpoint.accept()[0])) for _ in clients]:
+                assert server.receive() == Message(b"found")
         assert set(proxy.counts.dial_failures) == {111, 110}
         # All three gone, the client is told by an ABORT.
         with client_of(proxy) as client, pytest.raises(ConnectionResetError):
