@@ -113,8 +113,7 @@ def test_the_port_is_ours_in_every_state(
 
 def unheard(proxy: ProxyThread, source: str | None = None) -> bool:
     """Neither answered nor refused."""
-    kind = KINDS[proxy.protocol]
-    with socket.socket(socket.AF_INET6 if proxy.family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+    with plain(proxy.protocol, proxy.family) as client:
         client.settimeout(0.1)
         if source:
             client.bind((source, 0))

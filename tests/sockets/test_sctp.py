@@ -30,6 +30,8 @@ from userspace_proxy.sockets import sctp
 V4 = IPFamily.IPV4
 SCTP = Protocol.SCTP
 needs_sctp = pytest.mark.sctp
+on_one_loop = pytest.mark.parametrize("variant", ["uvloop"], indirect=True)
+"""For what takes seconds and is the kernel's doing more than a loop's."""
 
 
 class Message(NamedTuple):
@@ -301,6 +303,7 @@ def test_clients_in_the_queue_when_the_last_endpoint_goes_are_told(start: Start)
 
 
 @needs_sctp
+@on_one_loop
 def test_a_stalled_reader_stops_its_writer(start: Start) -> None:
     with pair(start) as (client, server, proxy):
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
@@ -345,7 +348,7 @@ def resident() -> int:
 
 @needs_sctp
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("variant", ["uvloop"], indirect=True)
+@on_one_loop
 def test_a_thousand_associations_leave_nothing(start: Start) -> None:
     with listener(V4, SCTP) as endpoint:
         proxy = start(SCTP, V4, [address(endpoint)])
@@ -395,6 +398,7 @@ def test_dials_go_on_past_a_refusing_and_a_silent_endpoint(start: Start, family:
 
 @needs_sctp
 @pytest.mark.privileged
+@on_one_loop
 def test_a_lost_endpoint_is_told_to_the_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RTO_INITIAL": 1000, "RTO_MAX": 1000, "RETRIES": 1, "PATH_RETRIES": 1}.items():
         monkeypatch.setattr(sctp, name, value)
@@ -416,6 +420,7 @@ def test_a_lost_endpoint_is_told_to_the_client(start: Start, monkeypatch: pytest
 
 @needs_sctp
 @pytest.mark.privileged
+@on_one_loop
 def test_a_client_of_two_paths_may_lose_one_in_the_middle(start: Start) -> None:
     with Namespace() as node, Namespace() as pod, node.entered():
         node.connect(pod, "10.1.0.1/24", "10.1.0.2/24")

@@ -25,7 +25,7 @@ from userspace_proxy import host
 from userspace_proxy.exceptions import ProtocolUnavailable
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
-from userspace_proxy.model import IPFamily, Protocol, SocketKey
+from userspace_proxy.model import IPFamily, Protocol, ProxyProtocol, SocketKey
 from userspace_proxy.poller import Poller
 from userspace_proxy.sockets.base import AF, Descriptors, bind
 from userspace_proxy.sockets.dial import Dialer
@@ -273,6 +273,9 @@ class SCTPSockets(TCPSockets):
 
 class SCTPSocket(TCPSocket):
     """The proxy socket of one SCTP service port."""
+
+    def speak(self, proxy_protocol: ProxyProtocol) -> None:
+        """The PROXY protocol is for streams of bytes."""
 
     def listen(self, listener: SocketType) -> None:
         # As associations hold the port too, listening anew takes this; they inherit it.
