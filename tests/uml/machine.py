@@ -32,7 +32,7 @@ import traceback
 from pathlib import Path
 
 MODULES = """
-    hmac sctp sctp_diag dummy veth iptable_nat iptable_filter ip6table_nat ip6table_filter
+    hmac sctp sctp_diag bridge dummy veth iptable_nat iptable_filter ip6table_nat ip6table_filter
     xt_REDIRECT xt_nat xt_tcpudp xt_sctp xt_comment xt_addrtype xt_conntrack xt_multiport xt_state
 """.split()  # noqa: SIM905 - for people
 MODULE_TREE = Path("/usr/lib/uml/modules")
