@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import uvloop
 
+pytest_plugins = ["tests.uml.reports"]
+
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,

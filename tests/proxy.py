@@ -23,7 +23,18 @@ from userspace_proxy.workers.pool import Pool
 
 T = TypeVar("T")
 NAME = ServicePortName("default", "web", "http")
-KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
+KINDS = {
+    Protocol.TCP: (socket.SOCK_STREAM, 0),
+    Protocol.UDP: (socket.SOCK_DGRAM, 0),
+    Protocol.SCTP: (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
+}
+"""Socket kind and protocol number."""
+
+
+def plain(protocol: Protocol, family: IPFamily) -> socket.socket:
+    """A blocking socket as clients and servers have them."""
+    kind, number = KINDS[protocol]
+    return socket.socket(AF[family], kind, number)
 
 
 class ProxyThread:
@@ -44,8 +55,10 @@ class ProxyThread:
         max_flows: int = 1000,
         descriptors: int = 10000,
         workers: int = 1,
+        bind: str = "",
     ) -> None:
         self.family = family
+        self._bind = bind or family.loopback
         self.protocol = protocol
         self.metrics = Metrics()
         self._counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
@@ -83,7 +96,7 @@ class ProxyThread:
             with contextlib.suppress(PortError):
                 return self.sockets.open(
                     SocketKey(NAME, self.family),
-                    self.family.loopback,
+                    self._bind,
                     random.randint(20000, 30000),
                     self.balancer,
                     self._counts,
@@ -142,7 +155,7 @@ class ProxyThread:
         self.call(update)
 
     def connect(self, timeout: float = 10.0, source: str | None = None) -> socket.socket:
-        client = socket.socket(AF[self.family], socket.SOCK_STREAM)
+        client = plain(self.protocol, self.family)
         client.settimeout(timeout)
         try:
             if source:
@@ -191,11 +204,11 @@ def eventually(holds: Callable[[], bool], message: Callable[[], str] = lambda: "
         time.sleep(0.01)
 
 
-def listener(family: IPFamily = IPFamily.IPV4, kind: int = socket.SOCK_STREAM, port: int = 0) -> socket.socket:
-    sock = socket.socket(AF[family], kind)
+def listener(family: IPFamily = IPFamily.IPV4, protocol: Protocol = Protocol.TCP, port: int = 0) -> socket.socket:
+    sock = plain(protocol, family)
     sock.bind((family.loopback, port))
     sock.settimeout(10)
-    if kind == socket.SOCK_STREAM:
+    if protocol is not Protocol.UDP:
         sock.listen(512)
     return sock
 
@@ -231,9 +244,13 @@ class Servers:
     """Endpoints that answer each connection by a function, each in a thread of its own."""
 
     def __init__(
-        self, answer: Callable[[socket.socket], None], family: IPFamily = IPFamily.IPV4, port: int = 0
+        self,
+        answer: Callable[[socket.socket], None],
+        family: IPFamily = IPFamily.IPV4,
+        port: int = 0,
+        protocol: Protocol = Protocol.TCP,
     ) -> None:
-        self._listener = listener(family, port=port)
+        self._listener = listener(family, protocol, port)
         self._listener.settimeout(None)
         self._answer = answer
         self.address = address(self._listener)
@@ -280,12 +297,12 @@ class Named:
     """An endpoint that answers whatever it is sent with its own name and the message."""
 
     def __init__(self, protocol: Protocol, family: IPFamily, name: str, port: int = 0) -> None:
-        self._sock = listener(family, KINDS[protocol], port)
+        self._sock = listener(family, protocol, port)
         self._sock.settimeout(0.1)
         self.address = address(self._sock)
         self._name = name.encode()
         self._stop = False
-        self._thread = threading.Thread(target=self._stream if protocol is Protocol.TCP else self._datagrams)
+        self._thread = threading.Thread(target=self._datagrams if protocol is Protocol.UDP else self._stream)
         self._thread.start()
 
     def _stream(self) -> None:
@@ -316,8 +333,7 @@ class Named:
 
 def ask(proxy: ProxyThread, message: bytes = b"hi", source: str | None = None) -> bytes:
     """One new client, one question; the name of the endpoint that answered."""
-    kind = KINDS[proxy.protocol]
-    with socket.socket(socket.AF_INET6 if proxy.family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+    with plain(proxy.protocol, proxy.family) as client:
         client.settimeout(5)
         if source:
             client.bind((source, 0))

@@ -106,3 +106,18 @@ def test_what_is_delivered_here() -> None:
 
 def test_ports_below_the_first_that_all_may_have() -> None:
     assert 0 <= host.first_unprivileged_port() <= 65535
+
+
+def test_sctp_or_what_to_do_about_it() -> None:
+    problem = host.sctp()
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP).close()
+    except OSError:
+        assert "modprobe sctp" in problem
+    else:
+        assert not problem
+
+
+@pytest.mark.sctp
+def test_a_kernel_with_sctp_is_no_problem() -> None:
+    assert host.sctp() == ""

@@ -46,6 +46,21 @@ def is_delivered_here(ip: str) -> bool:
         return str(probe.getsockname()[0]) in (family.loopback, ip)
 
 
+def sctp() -> str:
+    """Why there is no SCTP on this host and what to do about it; empty if there is.
+
+    Asking for a socket has the kernel load the module, where it may: this is a try, not a look at lists.
+    """
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP).close()
+    except OSError as error:
+        return (
+            f"this kernel offers no SCTP ({error.strerror}): load its module (modprobe sctp; Debian's cloud kernels "
+            "lack it, its other kernels have it), or use another kernel; it is tried again at each sync"
+        )
+    return ""
+
+
 def undelivered(ports: Collection[int]) -> int:
     """How many TCP sockets at these local ports are closed, with bytes or an end that the peer has not acknowledged.
 

@@ -40,6 +40,8 @@ class Outcome(enum.StrEnum):
     NO_ENDPOINTS = "no_endpoints"
     DIAL_FAILED = "dial_failed"
     """No endpoint could be connected within the ladder."""
+    UNDELIVERABLE = "undeliverable"
+    """An SCTP message that the other side cannot be given: too long, or on a stream that it does not have."""
     NOT_CAPTURED = "not_captured"
     """It came to the proxy port without going through a portal."""
     NOT_INTRODUCED = "not_introduced"
@@ -85,10 +87,10 @@ class ServicePortMetrics:
         self.dial_failures: defaultdict[int, int] = defaultdict(int)
         """By errno; a time-out is ETIMEDOUT."""
         self.received = 0
-        """Datagrams from clients."""
+        """Datagrams and SCTP messages from clients."""
         self.replied = 0
         self.drops: defaultdict[str, int] = defaultdict(int)
-        """Datagrams not passed on, by errno name or reason."""
+        """Datagrams and SCTP messages not passed on, by errno name or reason."""
         self.affinity_hits: Callable[[], int] = int
         self.ejected: Callable[[], int] = int
         """Endpoints passed over now, because dials to them failed."""
@@ -184,7 +186,7 @@ class Metrics:
                 families["ended"].add_metric([*labels, outcome.value], count)
             for number, count in counts.dial_failures.items():
                 families["dial_failures"].add_metric([*labels, errno_name(number)], count)
-            if protocol == "UDP":
+            if protocol != "TCP":
                 families["datagrams"].add_metric([*labels, "to_endpoint"], counts.received)
                 families["datagrams"].add_metric([*labels, "to_client"], counts.replied)
             for reason, count in counts.drops.items():
@@ -222,9 +224,13 @@ def _families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
         "dial_failures": CounterMetricFamily(
             prefix + "dial_failures", "Attempts that failed, by errno.", labels=[*labels, "errno"]
         ),
-        "datagrams": CounterMetricFamily(prefix + "datagrams", "Datagrams relayed.", labels=[*labels, "direction"]),
+        "datagrams": CounterMetricFamily(
+            prefix + "datagrams", "Datagrams and SCTP messages relayed.", labels=[*labels, "direction"]
+        ),
         "drops": CounterMetricFamily(
-            prefix + "datagrams_dropped", "Datagrams not passed on, by reason.", labels=[*labels, "reason"]
+            prefix + "datagrams_dropped",
+            "Datagrams and SCTP messages not passed on, by reason.",
+            labels=[*labels, "reason"],
         ),
         "ejected": GaugeMetricFamily(
             prefix + "endpoints_ejected", "Endpoints passed over now, as dials to them failed.", labels=labels

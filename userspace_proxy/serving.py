@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from userspace_proxy import host
 from userspace_proxy.config import PortRange
-from userspace_proxy.exceptions import PortError
+from userspace_proxy.exceptions import PortError, ProtocolUnavailable
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, ServicePortMetrics
 from userspace_proxy.model import (
@@ -54,7 +54,11 @@ TRIES = 256
 
 _PORT_IS_NOT_OURS = frozenset({errno.EADDRINUSE, errno.EACCES})
 _EXTERNAL = (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP)
-_KIND = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
+_KIND = {
+    Protocol.TCP: (socket.SOCK_STREAM, 0),
+    Protocol.UDP: (socket.SOCK_DGRAM, 0),
+    Protocol.SCTP: (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
+}
 
 
 class Problems:
@@ -257,7 +261,7 @@ class Serving:
         metrics = self._metrics.service_port(key.base, protocol.value)
         try:
             proxy_socket = self._open_somewhere(key, protocol, avoid, balancer, metrics)
-        except PortError as error:
+        except (PortError, ProtocolUnavailable) as error:
             self.problems.note(key, str(error))
             self._drop_metrics(key)
             return False
@@ -336,11 +340,14 @@ class Serving:
 
     def claim(self, place: LocalPort, addresses: Sequence[str], owner: SocketKey) -> bool:
         """Hold a node port, on `addresses` where only some networks serve node ports; what fails is told its owner."""
+        kind, number = _KIND[place.protocol]
+        if place.protocol is Protocol.SCTP and host.sctp():
+            return False  # which its owner has been told, as it has no proxy socket either
         held: list[socket.socket] = []
         ips = [ip for ip in addresses if family_of(ip) is place.family]
         try:
             for ip in ips if self._nodeport_networks else [place.family.wildcard]:
-                held += [claim(place.family, _KIND[place.protocol], ip, place.port)]
+                held += [claim(place.family, kind, ip, place.port, protocol=number)]
         except (PortError, OSError) as error:
             for sock in held:
                 sock.close()

@@ -101,13 +101,13 @@ def test_a_claim_refuses_whoever_comes(family: IPFamily, kind: int) -> None:
 
 
 @pytest.mark.parametrize("family", IPFamily)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_port_in_use_cannot_be_claimed(family: IPFamily, kind: int) -> None:
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP])
+def test_a_port_in_use_cannot_be_claimed(family: IPFamily, protocol: Protocol) -> None:
     with (
-        listener(family, kind) as other,
+        listener(family, protocol) as other,
         pytest.raises(PortError, match=f"{address(other)[1]} cannot be had: .*in use"),
     ):
-        claim(family, kind, *address(other))
+        claim(family, other.type, *address(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)

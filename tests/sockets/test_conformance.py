@@ -8,19 +8,27 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.proxy import KINDS, Named, ProxyThread, address, ask, eventually, listener
-from tests.sockets.conftest import Start, also_with_workers
+from tests.proxy import Named, ProxyThread, address, ask, eventually, listener, plain
+from tests.sockets.conftest import Start
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.model import Endpoint, IPFamily, Protocol, SessionAffinity
 
-pytestmark = also_with_workers
+VARIANTS = {
+    Protocol.TCP: ("asyncio", "uvloop", "2 workers"),
+    Protocol.UDP: ("asyncio", "uvloop", "2 workers"),
+    Protocol.SCTP: ("asyncio", "uvloop"),  # with workers, the same code in the control process: see test_sctp
+}
 
-
-@pytest.fixture(params=KINDS)
-def protocol(request: pytest.FixtureRequest) -> Protocol:
-    value: Protocol = request.param
-    return value
+pytestmark = pytest.mark.parametrize(
+    ("protocol", "variant"),
+    [
+        pytest.param(protocol, variant, marks=pytest.mark.sctp if protocol is Protocol.SCTP else ())
+        for protocol, variants in VARIANTS.items()
+        for variant in variants
+    ],
+    indirect=["variant"],
+)
 
 
 @pytest.fixture
@@ -92,8 +100,8 @@ def test_the_port_is_ours_in_every_state(
     proxy = start(protocol, family, [])
     for endpoints in ([], [e.address for e in three]):
         proxy.update(endpoints)
-        with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, KINDS[protocol]) as other:
-            if protocol is Protocol.TCP:
+        with plain(protocol, family) as other:
+            if protocol is not Protocol.UDP:
                 other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with pytest.raises(OSError, match="in use"):
                 other.bind(proxy.address)
@@ -105,8 +113,7 @@ def test_the_port_is_ours_in_every_state(
 
 def unheard(proxy: ProxyThread, source: str | None = None) -> bool:
     """Neither answered nor refused."""
-    kind = KINDS[proxy.protocol]
-    with socket.socket(socket.AF_INET6 if proxy.family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+    with plain(proxy.protocol, proxy.family) as client:
         client.settimeout(0.1)
         if source:
             client.bind((source, 0))
@@ -151,15 +158,14 @@ def test_only_clients_from_some_networks_are_heard(start: Start, protocol: Proto
 def test_a_closed_socket_leaves_the_port_to_others(start: Start, protocol: Protocol, family: IPFamily) -> None:
     proxy = start(protocol, family, [])
     proxy.call(proxy.socket.close)
-    with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, KINDS[protocol]) as other:
+    with plain(protocol, family) as other:
         other.bind(proxy.address)
 
 
 def test_what_is_live_is_listed(start: Start, protocol: Protocol, family: IPFamily) -> None:
-    endpoint = listener(family, KINDS[protocol])
+    endpoint = listener(family, protocol)
     proxy = start(protocol, family, [address(endpoint)], idle_timeout=30)
-    kind = KINDS[protocol]
-    with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+    with plain(protocol, family) as client:
         client.connect(proxy.address)
         client.send(b"hello")
         eventually(lambda: bool(proxy.sessions()) and proxy.sessions()[0]["to_endpoint"] > 0)
@@ -177,8 +183,7 @@ def test_draining_takes_nobody_new(start: Start, protocol: Protocol, family: IPF
     proxy.call(proxy.sockets.drain, lambda: idle.append(True))
     eventually(lambda: idle == [True])
     before = proxy.counts.opened
-    kind = KINDS[protocol]
-    with socket.socket(socket.AF_INET6 if family is IPFamily.IPV6 else socket.AF_INET, kind) as client:
+    with plain(protocol, family) as client:
         client.settimeout(0.3)
         client.connect(proxy.address)
         client.send(b"hi")

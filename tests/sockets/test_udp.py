@@ -25,7 +25,7 @@ class Echo:
 
     def __init__(self, family: IPFamily = V4, where: tuple[str, int] | None = None) -> None:
         if where is None:
-            self.sock = listener(family, socket.SOCK_DGRAM)
+            self.sock = listener(family, Protocol.UDP)
         else:
             self.sock = socket.socket(AF[family], socket.SOCK_DGRAM)
             self.sock.bind(where)
@@ -122,7 +122,7 @@ def test_a_refused_datagram_is_old_news_for_the_next(start: Start) -> None:
 
 
 def test_a_flow_leaves_an_endpoint_that_refuses_while_there_is_another(start: Start, echo4: Echo) -> None:
-    dead = listener(kind=socket.SOCK_DGRAM)
+    dead = listener(protocol=Protocol.UDP)
     proxy = start(Protocol.UDP, V4, [address(dead)], idle_timeout=30)
     with client_of(proxy) as client:
         client.send(b"one")
@@ -136,7 +136,7 @@ def test_a_flow_leaves_an_endpoint_that_refuses_while_there_is_another(start: St
 
 
 def test_new_flows_pass_over_an_endpoint_that_refused_until_a_probe_is_answered(start: Start, echo4: Echo) -> None:
-    dead = listener(kind=socket.SOCK_DGRAM)
+    dead = listener(protocol=Protocol.UDP)
     where = address(dead)
     dead.close()
     proxy = start(Protocol.UDP, V4, [where, echo4.address], idle_timeout=30, max_ejection=0.5)
@@ -158,7 +158,7 @@ def test_new_flows_pass_over_an_endpoint_that_refused_until_a_probe_is_answered(
 
 
 def test_a_flow_moves_when_its_endpoint_is_removed(start: Start, echo4: Echo) -> None:
-    gone = listener(kind=socket.SOCK_DGRAM)
+    gone = listener(protocol=Protocol.UDP)
     proxy = start(Protocol.UDP, V4, [address(gone)], idle_timeout=30)
     with client_of(proxy) as client, gone:
         client.send(b"one")
@@ -169,7 +169,7 @@ def test_a_flow_moves_when_its_endpoint_is_removed(start: Start, echo4: Echo) ->
 
 
 def test_a_flow_stays_when_another_endpoint_is_removed(start: Start, echo4: Echo) -> None:
-    other = listener(kind=socket.SOCK_DGRAM)
+    other = listener(protocol=Protocol.UDP)
     proxy = start(Protocol.UDP, V4, [echo4.address], idle_timeout=30)
     with client_of(proxy) as client, other:
         ask(client)

@@ -21,7 +21,6 @@ import pytest
 
 from tests.netns import Namespace
 from tests.proxy import (
-    KINDS,
     Named,
     ProxyThread,
     Servers,
@@ -37,12 +36,13 @@ from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Protocol, SessionAffinity
 from userspace_proxy.workers import pool as pool_module
 from userspace_proxy.workers import program
+from userspace_proxy.workers.groups import GROUPS
 from userspace_proxy.workers.messages import AskCounts
 
 V4 = IPFamily.IPV4
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=GROUPS)
 def protocol(request: pytest.FixtureRequest) -> Protocol:
     value: Protocol = request.param
     return value
@@ -290,7 +290,7 @@ def test_a_death_costs_only_the_workers_own_connections(start: Start) -> None:
 
 
 def test_flows_of_others_are_not_disturbed_and_those_of_the_dead_go_on(start: Start) -> None:
-    endpoint = listener(V4, socket.SOCK_DGRAM)
+    endpoint = listener(V4, Protocol.UDP)
     proxy = start(Protocol.UDP, V4, [address(endpoint)], idle_timeout=60)
     socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(24)]
     with closing([socks]), endpoint:

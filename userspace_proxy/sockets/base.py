@@ -154,28 +154,30 @@ def bind(
     ip: str,
     port: int,
     *,
+    protocol: int = 0,
     beside_ours: bool = False,
     prepare: Callable[[socket.socket], None] = lambda _: None,
 ) -> socket.socket:
     """A non-blocking socket bound to a port that is nobody else's. One family a socket: IPv6 ones are V6ONLY.
 
-    `beside_ours`: share the port with a socket of ours that allows it (SO_REUSEPORT), to take its place
-    without letting go of the port in between. What `prepare` does to it is in force from the first packet on.
+    `protocol`: IPPROTO_SCTP, or 0 for the usual one of its kind. `beside_ours`: share the port with a socket of ours
+    that allows it (SO_REUSEPORT), to take its place without letting go of the port in between. What `prepare` does to
+    it is in force from the first packet on.
     Raises PortError.
     """
-    sock = socket.socket(AF[family], kind | socket.SOCK_NONBLOCK)
+    sock = socket.socket(AF[family], kind | socket.SOCK_NONBLOCK, protocol)
     try:
         if family is IPFamily.IPV6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         prepare(sock)
         if beside_ours:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_STREAM and not protocol:
             # Past connections in TIME_WAIT are no hindrance. Until it listens, the socket must be one to others
             # with the same option, though, so it is kept no longer than for this.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _bind_here(sock, family, ip, port)
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_STREAM and not protocol:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         sock.close()
@@ -197,12 +199,14 @@ def _bind_here(sock: socket.socket, family: IPFamily, ip: str, port: int) -> Non
         sock.bind((ip, port))
 
 
-def claim(family: IPFamily, kind: int, ip: str, port: int, *, beside_ours: bool = False) -> socket.socket:
+def claim(
+    family: IPFamily, kind: int, ip: str, port: int, *, protocol: int = 0, beside_ours: bool = False
+) -> socket.socket:
     """Hold a port without serving on it: whoever comes is refused by the kernel. Raises PortError.
 
-    A TCP socket that is bound and does not listen is answered for by a reset.
+    A TCP or SCTP socket that is bound and does not listen is answered for by a reset.
     """
-    sock = bind(family, kind, ip, port, beside_ours=beside_ours)
+    sock = bind(family, kind, ip, port, protocol=protocol, beside_ours=beside_ours)
     if kind == socket.SOCK_DGRAM:
         hear_nobody(sock)
     return sock

@@ -20,7 +20,6 @@ from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import Address
 from userspace_proxy.poller import ERR, HUP, OUT, Poller
 from userspace_proxy.proxyprotocol import Header
-from userspace_proxy.sockets.relay import ABORT_ON_CLOSE
 
 LADDER = (0.25, 0.5, 1.0, 2.0)
 """Seconds each attempt is given."""
@@ -28,7 +27,8 @@ LADDER = (0.25, 0.5, 1.0, 2.0)
 KEEPALIVE = 15
 """Seconds of silence before the first probe, and between probes."""
 
-_CONNECTING = (0, errno.EINPROGRESS)
+_CONNECTING = (0, errno.EINPROGRESS, errno.EISCONN)
+"""SCTP may find, by the time it looks, that it is connected."""
 _WANTS_OF_OURS = frozenset(
     (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 )
@@ -39,11 +39,11 @@ _FIRST_SOURCE_PORT, _LAST_SOURCE_PORT = ephemeral_ports()
 class Dialer:
     """What all dials of a service port have in common, and who is told how each ended."""
 
-    __slots__ = ("balancer", "expect", "family", "metrics", "on_connected", "on_failed", "poller")
+    __slots__ = ("balancer", "expect", "make", "metrics", "on_connected", "on_failed", "poller")
 
     def __init__(
         self,
-        family: int,
+        make: Callable[[SocketType], SocketType],
         balancer: LoadBalancer,
         poller: Poller,
         metrics: ServicePortMetrics,
@@ -51,7 +51,8 @@ class Dialer:
         on_connected: Callable[[Dial, SocketType, int], None],
         on_failed: Callable[[Dial, Outcome], None],
     ) -> None:
-        self.family = family
+        self.make = make
+        """The non-blocking socket to connect for this client, a new one for each attempt."""
         self.balancer = balancer
         self.poller = poller
         self.metrics = metrics
@@ -148,10 +149,8 @@ class Dial:
         return True
 
     def _connect(self) -> SocketType:
-        sock = SocketType(self._dialer.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = self._dialer.make(self.client)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = sock.connect_ex(self.endpoint)
             if number not in _CONNECTING:
                 raise OSError(number, os.strerror(number))
@@ -161,7 +160,7 @@ class Dial:
         return sock
 
     def _met_itself(self, sock: SocketType) -> bool:
-        """Whether TCP connected the socket to itself.
+        """Whether the kernel connected the socket to itself.
 
         A local endpoint that is down, on a port the kernel also hands out as a source port, can be "reached"
         by a simultaneous open with oneself.

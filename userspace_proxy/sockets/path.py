@@ -14,6 +14,7 @@ from userspace_proxy.metrics import Metrics
 from userspace_proxy.model import Protocol
 from userspace_proxy.poller import Poller
 from userspace_proxy.sockets.base import Descriptors, ProxySockets, Session
+from userspace_proxy.sockets.sctp import SCTPSockets
 from userspace_proxy.sockets.tcp import TCPSockets
 from userspace_proxy.sockets.udp import UDPSockets
 
@@ -48,7 +49,9 @@ class DataPath:
         self.udp = UDPSockets(
             self._poller, self.descriptors, idle_timeout=settings.udp_timeout, max_flows=settings.max_udp_flows
         )
-        self.sockets: Mapping[Protocol, ProxySockets] = {Protocol.TCP: self.tcp, Protocol.UDP: self.udp}
+        self.sctp = SCTPSockets(self._poller, self.descriptors, metrics, half_close_timeout=settings.half_close_timeout)
+        kinds = self.tcp, self.udp, self.sctp
+        self.sockets: Mapping[Protocol, ProxySockets] = {kind.protocol: kind for kind in kinds}
 
     def fit(self, held: int) -> None:
         """Sessions may have what proxy sockets leave."""
@@ -57,10 +60,11 @@ class DataPath:
     async def count(self) -> None:
         """Bring the metrics up to this moment: live sessions are counted as they go, not as they end."""
         self.tcp.count()
+        self.sctp.count()
 
     async def sessions(self) -> list[Session]:
         """Every live session, for people."""
-        return self.tcp.sessions() + self.udp.sessions()
+        return self.tcp.sessions() + self.udp.sessions() + self.sctp.sessions()
 
     async def close(self) -> None:
         self._poller.close()

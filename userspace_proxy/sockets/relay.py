@@ -25,6 +25,7 @@ import socket
 import struct
 from collections.abc import Callable
 from socket import SocketType
+from typing import ClassVar
 
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.poller import ERR, HUP, IN, OUT, PRI, RDHUP, Poller
@@ -37,7 +38,7 @@ BULK_READS = 4
 """Full buffers in a row that make a direction bulk."""
 ROUNDS = 16
 """Reads a turn before the others get theirs."""
-_TURN = range(ROUNDS)
+TURN = range(ROUNDS)
 
 _buffer = bytearray(BUFFER_SIZE)
 _view = memoryview(_buffer)
@@ -45,12 +46,12 @@ _DONTWAIT = int(socket.MSG_DONTWAIT)
 _MORE = RDHUP | ERR | HUP | PRI
 _LAST = _DONTWAIT | int(socket.MSG_MORE)
 """Bytes that the end of file follows: held back for a moment, they leave in one segment with the FIN."""
-_READABLE = IN | _MORE
+READABLE = IN | _MORE
 _WRITABLE = OUT | ERR | HUP
 _SPLICE_FLAGS = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK; never MORE, which holds back the last segment
 
 ABORT_ON_CLOSE = struct.pack("ii", 1, 0)
-_CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
+CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
 
 _LOST = frozenset(
     (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENETRESET)
@@ -153,7 +154,7 @@ class Direction:
             self.reverse.resume()
             if self.relay.ended:
                 return
-        if not events & _READABLE:
+        if not events & READABLE:
             return
         if not (self.blocked or self.eof):
             if not self.queued:
@@ -173,7 +174,7 @@ class Direction:
         if self.pipe is not None:
             self.splice()
             return
-        for _ in _TURN:
+        for _ in TURN:
             try:
                 size = self.source.recv_into(_buffer, 0, _DONTWAIT)
             except BlockingIOError:
@@ -220,7 +221,7 @@ class Direction:
     def next_turn(self) -> None:
         self.queued = False
         if not (self.relay.ended or self.eof or self.blocked):
-            self.pump(_READABLE)
+            self.pump(READABLE)
 
     def resume(self) -> None:
         """Go on after the sink has been full."""
@@ -238,7 +239,7 @@ class Direction:
             self.pending = None
         self.blocked = False
         if not self.queued:
-            self.pump(_READABLE)
+            self.pump(READABLE)
 
     def start_splicing(self) -> bool:
         pipes = self.relay.pipes
@@ -259,7 +260,7 @@ class Direction:
         pipe = self.pipe
         assert pipe is not None
         source, sink = self.source.fileno(), self.sink.fileno()
-        for _ in _TURN:
+        for _ in TURN:
             if not pipe.held:
                 try:
                     pipe.held = os.splice(source, pipe.write_fd, PIPE_SIZE, flags=_SPLICE_FLAGS)
@@ -310,7 +311,7 @@ class Direction:
         """
         if self.done or self.blocked or self.pipe is not None:
             return
-        for _ in _TURN:
+        for _ in TURN:
             try:
                 size = self.source.recv_into(_buffer, 0, _DONTWAIT)
                 if not size or self.sink.send(_view[:size], _DONTWAIT) < size:
@@ -322,6 +323,8 @@ class Direction:
 
 class Relay:
     """One client and one endpoint, connected. `on_end` is called once, when it is over."""
+
+    direction: ClassVar[type[Direction]] = Direction
 
     __slots__ = (
         "_on_end",
@@ -358,8 +361,8 @@ class Relay:
         self.waiting: tuple[int, float] | None = None
         """While half-closed: bytes relayed when last looked at, and since when they have not grown."""
         self._on_end = on_end
-        self.to_endpoint = Direction(self, client, endpoint)
-        self.to_client = Direction(self, endpoint, client)
+        self.to_endpoint = self.direction(self, client, endpoint)
+        self.to_client = self.direction(self, endpoint, client)
         self.to_endpoint.reverse = self.to_client
         self.to_client.reverse = self.to_endpoint
 
@@ -367,7 +370,7 @@ class Relay:
         """Take over the registered endpoint with the events just seen on it, and register the client."""
         self.poller.hand_over(self.to_client.source, self.to_client)
         self.poller.register(self.to_endpoint.source, self.to_endpoint)
-        if endpoint_events & _READABLE:
+        if endpoint_events & READABLE:
             self.to_client.on_events(endpoint_events)
 
     def half_close(self, direction: Direction) -> None:
@@ -386,7 +389,7 @@ class Relay:
     def end_in_order(self) -> None:
         first = self.first_to_finish or self.to_endpoint
         for sock in (first.source, first.sink):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_IN_ORDER)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_IN_ORDER)
         self._end(Outcome.CLIENT_CLOSED if first is self.to_endpoint else Outcome.ENDPOINT_CLOSED)
 
     def broken(self, sock: SocketType, number: int) -> None:

@@ -15,6 +15,7 @@ import logging
 import socket
 import struct
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from socket import SocketType
 
 from userspace_proxy.exceptions import PortError
@@ -51,6 +52,7 @@ class TCPSockets:
     """All TCP proxy sockets, and their connections."""
 
     protocol = Protocol.TCP
+    relay: type[Relay] = Relay
 
     def __init__(
         self, poller: Poller, descriptors: Descriptors, metrics: Metrics, *, splice: bool, half_close_timeout: float
@@ -114,7 +116,9 @@ class TCPSockets:
     # -- the life of a connection
 
     def dialer(self, family: IPFamily, balancer: LoadBalancer, metrics: ServicePortMetrics) -> Dialer:
-        return Dialer(AF[family], balancer, self.poller, metrics, self._expect, self._connected, self._refuse)
+        return Dialer(
+            partial(outgoing, AF[family]), balancer, self.poller, metrics, self._expect, self._connected, self._refuse
+        )
 
     def take(self, tcp_socket: TCPSocket, client: SocketType, client_ip: str) -> None:
         tcp_socket.metrics.opened += 1
@@ -168,7 +172,7 @@ class TCPSockets:
             self._refuse(dial, Outcome.DIAL_FAILED)
             return
         del self._dials[dial]
-        relay = Relay(dial.client, endpoint, self.poller, self.pipes, tcp_socket.metrics, self._ended, dial.since)
+        relay = self.relay(dial.client, endpoint, self.poller, self.pipes, tcp_socket.metrics, self._ended, dial.since)
         self._relays[relay] = tcp_socket
         relay.start(events)
 
@@ -244,6 +248,7 @@ class TCPSocket:
         adopted: bool = False,
     ) -> None:
         self.key = key
+        self.protocol = shared.protocol
         self.port: int = listener.getsockname()[1]
         self.balancer = balancer
         self.metrics = metrics
@@ -267,7 +272,7 @@ class TCPSocket:
         if self._serving:
             return
         try:
-            listen(self._listener)
+            self.listen(self._listener)
         except OSError as error:
             raise PortError(f"cannot listen on proxy port {self.port}: {error.strerror}") from error
         self._serving = True
@@ -280,7 +285,7 @@ class TCPSocket:
         self._paused = False
         if not self._adopted:
             self._accept()
-            stop_listening(self._listener)
+            self.stop_listening(self._listener)
         self._serving = False
 
     def screen(self, networks: Sequence[str] | None) -> None:
@@ -306,6 +311,12 @@ class TCPSocket:
         if self._adopted:
             self._shared.poller.unregister(self._listener)
         self._shared.poller.discard(self._listener)
+
+    def listen(self, listener: SocketType) -> None:
+        listen(listener)
+
+    def stop_listening(self, listener: SocketType) -> None:
+        stop_listening(listener)
 
     # -- accepting
 
@@ -380,6 +391,18 @@ def prepare(listener: SocketType) -> None:
     set_keepalive(listener)
 
 
+def outgoing(family: int, _client: SocketType) -> SocketType:
+    """A socket to dial with."""
+    sock = SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def listen(listener: SocketType) -> None:
     # Inherited by connections, whose TIME_WAIT then does not keep a successor from binding this port.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -402,7 +425,7 @@ def _describe(relay: Relay, tcp_socket: TCPSocket, now: float) -> Session:
 
     return Session(
         service_port=str(tcp_socket.key.name),
-        protocol=Protocol.TCP.value,
+        protocol=tcp_socket.protocol.value,
         client=peer(relay.to_endpoint.source),
         endpoint=peer(relay.to_client.source),
         state="half-closed" if relay.waiting else "open",

@@ -3,6 +3,8 @@
 `Pool.sockets` are `ProxySockets` like those of a single process. Opening, listening and refusing happen here, in
 `groups`; each worker is told what to do with its sockets, and told all of it again when it replaces one that died.
 
+SCTP is the exception: its associations are relayed by the control process, whatever the number of workers.
+
 Endpoints are balanced by each worker for itself, in the same order begun at another place, so that the whole is fair.
 What one learns of dead endpoints, and what all have counted, comes together here.
 """
@@ -21,7 +23,8 @@ import msgspec
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
 from userspace_proxy.model import Portal, Protocol, ProxyProtocol, SessionAffinity, SocketKey
-from userspace_proxy.sockets.base import Session
+from userspace_proxy.sockets.base import ProxySockets, Session
+from userspace_proxy.sockets.path import DataPath
 from userspace_proxy.workers import counting
 from userspace_proxy.workers.backoff import Backoff
 from userspace_proxy.workers.groups import GROUPS, Group
@@ -275,7 +278,7 @@ class Worker:
                 self._pool.spread(self, message)
             case Idle(protocol):
                 self.busy.discard(protocol)
-                self._pool.sockets[protocol].tell_if_idle()
+                self._pool.relaying[protocol].tell_if_idle()
             case Missed(id):
                 self._pool.offer_again(self, id)
 
@@ -290,13 +293,16 @@ class Pool:
 
     def __init__(self, count: int, start: Start, metrics: Metrics) -> None:
         self.workers = [Worker(self, index) for index in range(count)]
-        self.sockets: Mapping[Protocol, WorkerSockets] = {
-            protocol: WorkerSockets(self, protocol) for protocol in GROUPS
-        }
+        self.relaying = {protocol: WorkerSockets(self, protocol) for protocol in GROUPS}
+        self._own = DataPath(start.settings, metrics)
+        """For SCTP alone."""
+        self.sockets: Mapping[Protocol, ProxySockets] = {**self.relaying, Protocol.SCTP: self._own.sctp}
         self.opened: dict[int, WorkerSocket] = {}
         self.draining = False
         self.metrics = metrics
-        metrics.descriptors_in_use = lambda: sum(worker.descriptors_in_use for worker in self.workers)
+        metrics.descriptors_in_use = lambda: (
+            self._own.descriptors.used + sum(worker.descriptors_in_use for worker in self.workers)
+        )
         self._start = start
         self._ids = itertools.count(1)
 
@@ -310,17 +316,21 @@ class Pool:
         """End the workers, and with them every session that is left."""
         self.draining = True
         await asyncio.gather(*(worker.end() for worker in self.workers))
+        await self._own.close()
 
-    def fit(self, _held: int) -> None:
-        """Sockets held here cost sessions nothing: workers have descriptors of their own."""
+    def fit(self, held: int) -> None:
+        """Sockets held here cost the workers' sessions nothing: those have descriptors of their own."""
+        self._own.fit(held)
 
     async def count(self) -> None:
         """Bring the metrics up to this moment, as far as the workers answer."""
+        await self._own.count()
         await self._ask(AskCounts)
 
     async def sessions(self) -> list[Session]:
         answers = await self._ask(AskSessions)
-        return [session for answer in answers if isinstance(answer, Sessions) for session in answer.sessions]
+        told = [session for answer in answers if isinstance(answer, Sessions) for session in answer.sessions]
+        return told + await self._own.sessions()
 
     async def _ask(self, question: Callable[[int], AskCounts | AskSessions]) -> list[Report | Sessions]:
         asked = [worker.ask(question) for worker in self.workers if worker.is_up]
@@ -380,7 +390,7 @@ class Pool:
         worker.active.clear()
         worker.descriptors_in_use = 0
         worker.busy.clear()
-        for sockets in self.sockets.values():
+        for sockets in self.relaying.values():
             sockets.tell_if_idle()
 
     def spread(self, source: Worker, news: Dialled) -> None:
