@@ -7,7 +7,7 @@ import pytest
 
 from tests.proxy import address, closed_port, listener
 from userspace_proxy.exceptions import PortError
-from userspace_proxy.model import IPFamily
+from userspace_proxy.model import IPFamily, Protocol
 from userspace_proxy.sockets.base import AF, Descriptors, bind, claim
 
 KINDS = [socket.SOCK_STREAM, socket.SOCK_DGRAM]
