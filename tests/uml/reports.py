@@ -92,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if _IN_GUEST or not item.get_closest_marker("sctp") or not host.sctp():
         return None
     if kernel() is None or os.geteuid() != 0:
@@ -107,6 +107,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in stash[_outcome].of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the test before left set up for this one, which had no use for it.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
