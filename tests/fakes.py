@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.exceptions import CaptureError
-from userspace_proxy.model import Redirect
+from userspace_proxy.model import Protocol, Redirect
 
 
 class RecordingCapture:
@@ -14,7 +14,7 @@ class RecordingCapture:
 
     name = "recording"
     rewrites_destination = True
-    listens = False
+    listens = frozenset[Protocol]()
 
     def __init__(self) -> None:
         self.redirects: frozenset[Redirect] = frozenset()

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -101,17 +101,17 @@ class App:
         self._successor: Config | None = None
         self._signals = signals
         self._capture = capture
-        self._has_portals = capture.rewrites_destination or capture.listens
+        self._has_portals = capture.rewrites_destination or bool(capture.listens)
         """Whether clients come by the services' own addresses."""
         self._metrics = Metrics()
         self._metrics.capture_info.labels(capture.name).set(1)
         self._data_path = _data_path(config, self._metrics)
         self._source = source
-        portals = _portal_sockets(config, self._data_path) if capture.listens else {}
+        portals = _portal_sockets(config, self._data_path, capture.listens)
         limit = host.raise_descriptor_limit()
         self._proxier = Proxier(
             capture,
-            portals or self._data_path.sockets,
+            {**self._data_path.sockets, **portals},
             self._metrics,
             bind_address=config.bind_address,
             port_range=config.proxy_port_range or PortRange(*host.ephemeral_ports()),
@@ -162,9 +162,7 @@ class App:
         # What there is by now stays; looking through it for garbage held up the data path for 0.1 s at 5,000 services.
         gc.freeze()
         gc.enable()
-        captured = (
-            self._capture.rewrites_destination or self._capture.listens
-        ) and not self._proxier.progress.capture_error
+        captured = self._has_portals and not self._proxier.progress.capture_error
         try:
             sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
             sys.stdout.flush()
@@ -337,10 +335,13 @@ def _data_path(config: Config, metrics: Metrics) -> DataPath | Pool:
     return Pool(config.workers, start, metrics)
 
 
-def _portal_sockets(config: Config, data_path: DataPath | Pool) -> dict[Protocol, PortalSockets]:
+def _portal_sockets(
+    config: Config, data_path: DataPath | Pool, protocols: Collection[Protocol]
+) -> dict[Protocol, PortalSockets]:
     return {
         protocol: PortalSockets(sockets, config.bind_address, config.nodeport_addresses)
         for protocol, sockets in data_path.sockets.items()
+        if protocol in protocols
     }
 
 

@@ -244,8 +244,8 @@ class Proxier:
         self._repaired = self._clock()
         if self._captured.known:
             await self._captured.repair()
-        if self._capture.listens:  # addresses may have come and gone
-            for key, served in self._serving.served.items():
+        for key, served in self._serving.served.items():
+            if served.service.protocol in self._capture.listens:  # addresses may have come and gone
                 self._serving.admit(key, served.admitted)
         await self._recognise_ourselves(anew=True)
         self._serving.purge()
@@ -284,10 +284,11 @@ class Proxier:
         )
         concerned = {name: services[name] for name in sorted(part.names) if name in services}
         want, problems = desired(concerned, self._bind, self._protocols, have)
-        if self._capture.listens:
-            want = State(want.sockets, redirects=want.redirects)  # who listens at a node port need not claim it
-        elif not self._capture.rewrites_destination:
+        if not (self._capture.rewrites_destination or self._capture.listens):
             want = State(want.sockets)
+        elif self._capture.listens:  # who listens at a node port need not claim it
+            claims = {place for place in want.claims if place.protocol not in self._capture.listens}
+            want = State(want.sockets, claims, want.redirects)
         return Decision(part, have, want, problems, plan(have, want))
 
     async def _recognise_ourselves(self, *, anew: bool = False) -> None:
@@ -334,15 +335,16 @@ class Proxier:
 
         Those that listen at portals can do so only after.
         """
-        serving, served = self._serving, self._serving.served
+        serving, served, listens = self._serving, self._serving.served, self._capture.listens
         wanted: defaultdict[SocketKey, set[Portal]] = defaultdict(set)
         for portal, key in portals.items():
             wanted[key].add(portal)
-            if not self._capture.listens:  # nobody could tell clients inside from others
+            if portal.protocol not in listens:  # else nobody could tell clients inside from others
                 wanted[inside(portal, key)].add(portal)
         changing = [key for key in serving.keys(part.names) if served[key].admitted != wanted.get(key, frozenset())]
-        for key in changing if not self._capture.listens else ():
-            serving.admit(key, served[key].admitted | wanted.get(key, set()))
+        for key in changing:
+            if served[key].service.protocol not in listens:
+                serving.admit(key, served[key].admitted | wanted.get(key, set()))
         redirects = [serving.redirect(portal, key) for portal, key in portals.items()]
         if not await self._captured.exchange(part.places, redirects):
             return False
@@ -370,10 +372,9 @@ class Proxier:
     @property
     def ports(self) -> frozenset[int]:
         """The numbers of the ports where sockets of ours have clients, of every protocol."""
-        served = self._serving.served.values()
+        served, listens = self._serving.served.values(), self._capture.listens
         ports = {each.socket.port for each in served}
-        if self._capture.listens:
-            ports.update(portal.port for each in served for portal in each.admitted)
+        ports.update(portal.port for each in served for portal in each.admitted if portal.protocol in listens)
         return frozenset(ports)
 
     async def withdraw(self) -> None:

@@ -58,12 +58,8 @@ def answering(where: Namespace, name: bytes) -> Iterator[None]:
         thread.join(10)
 
 
-@pytest.mark.parametrize(
-    ("capture", "clients"),
-    [("iptables", ("pod", "outside")), ("local", ("pod", "outside", "node"))],
-    ids=["iptables", "local"],
-)
-def test_every_address_from_everywhere(tmp_path: Path, capture: str, clients: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("capture", ["iptables", "local"])
+def test_every_address_from_everywhere(tmp_path: Path, capture: str) -> None:
     with Node(tmp_path) as node:
         pod, other = node.pod("10.1.0.2"), node.pod("10.1.0.3")
         places = {"pod": other, "outside": node.outside(), "node": node.net}
@@ -78,7 +74,7 @@ def test_every_address_from_everywhere(tmp_path: Path, capture: str, clients: tu
         node.net.run(f"ip addr add {EXTERNAL}/32 dev lo")
         with answering(pod, b"pod"):
             node.start(f"--capture={capture}")
-            for client in clients:
+            for client in places:
                 for ip, number in ((CLUSTER, 80), (EXTERNAL, 80), ("10.1.0.1", 30080)):
                     assert answer(places[client], ip, number) == b"pod:hi", f"from {client} to {ip}:{number}"
             assert node.rows()["mixed:web"]["state"] == "refusing"

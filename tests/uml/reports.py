@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coverage.config import CoverageConfig
 
 from tests.uml.machine import kernel
 from userspace_proxy import host
@@ -82,11 +83,15 @@ class Outcome:
 
 def _measure_into(configuration: str, directory: str) -> str:
     """The configuration that coverage hands to subprocesses, writing elsewhere."""
-    prefix, data = configuration.split("{", 1)
-    return prefix + json.dumps(json.loads("{" + data) | {"data_file": f"{directory}/.coverage"})
+    changed = CoverageConfig.deserialize(configuration)
+    changed.data_file = f"{directory}/.coverage"
+    return changed.serialize()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if _IN_GUEST:
+        # Processes that tests start in there take long enough without being measured.
+        os.environ.pop(_COVERAGE, None)
     if _IN_GUEST and _REPORTS in os.environ:
         config.pluginmanager.register(Reporter(config, os.environ[_REPORTS]))
 

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from userspace_proxy.model import Redirect
+from userspace_proxy.model import Protocol, Redirect
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Capture(typing.Protocol):
     rewrites_destination: bool
     """Whether an accepted TCP connection can be asked for its original destination (SO_ORIGINAL_DST)."""
 
-    listens: bool
-    """Whether clients come to the portals themselves, where sockets have to listen once `replace` is done."""
+    listens: frozenset[Protocol]
+    """Whose clients come to the portals themselves, where sockets have to listen once `replace` is done."""
 
     async def start(self) -> None:
         """Take over: find out by trying whether this way works here, remove the remains of a crashed run.

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from userspace_proxy import host
 from userspace_proxy.capture import iptables, local, nftables
 from userspace_proxy.capture.base import Capture
+from userspace_proxy.capture.beside import Beside
 from userspace_proxy.capture.none import NoCapture
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
+from userspace_proxy.model import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,22 @@ class Way:
     """Removes what an earlier run left."""
 
 
+def _with_sctp(capture: Capture, bind: str) -> Capture:
+    """SCTP takes another way than the kernel's NAT; where the kernel has none, nobody needs one."""
+    return capture if host.sctp() else Beside(capture, local.Local(bind_address=bind), [Protocol.SCTP])
+
+
 _WAYS: Mapping[str, Way] = {
     "iptables": Way(
-        lambda bind, cidrs, inside: iptables.IPTables(bind_address=bind, nodeport_cidrs=cidrs, inside=inside),
+        lambda bind, cidrs, inside: _with_sctp(
+            iptables.IPTables(bind_address=bind, nodeport_cidrs=cidrs, inside=inside), bind
+        ),
         iptables.cleanup,
     ),
     "nftables": Way(
-        lambda bind, cidrs, inside: nftables.NFTables(bind_address=bind, nodeport_cidrs=cidrs, inside=inside),
+        lambda bind, cidrs, inside: _with_sctp(
+            nftables.NFTables(bind_address=bind, nodeport_cidrs=cidrs, inside=inside), bind
+        ),
         nftables.cleanup,
     ),
     "local": Way(lambda bind, cidrs, inside: local.Local(bind_address=bind), local.cleanup),

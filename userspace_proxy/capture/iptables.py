@@ -26,7 +26,7 @@ import userspace_proxy
 from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.capture.messages import Ask, Change, Cleanup, Close, Open, Replace, Reply, Request, Withdraw
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
-from userspace_proxy.model import IPFamily, Redirect, family_of
+from userspace_proxy.model import IPFamily, Protocol, Redirect, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class IPTables:
 
     name = "iptables"
     rewrites_destination = True
-    listens = False
+    listens = frozenset[Protocol]()
 
     def __init__(self, *, bind_address: str, nodeport_cidrs: Sequence[str] = (), inside: Sequence[str] = ()) -> None:
         """A wildcard bind address stands for both families', any other for its own family alone."""

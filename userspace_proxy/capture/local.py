@@ -19,7 +19,7 @@ from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.capture.routes import LOCAL, WAY, Routes
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
 from userspace_proxy.host import is_local_address
-from userspace_proxy.model import IPFamily, PortalKind, Redirect, family_of
+from userspace_proxy.model import IPFamily, PortalKind, Protocol, Redirect, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Local:
 
     name = "local"
     rewrites_destination = False
-    listens = True
+    listens = frozenset(Protocol)
 
     def __init__(self, *, bind_address: str) -> None:
         """A wildcard bind address stands for both families', any other for its own family alone."""

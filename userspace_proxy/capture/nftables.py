@@ -25,7 +25,7 @@ from userspace_proxy.capture.netlink import Netlink
 from userspace_proxy.capture.nft_table import NETLINK_NETFILTER, FamilyTable, remove
 from userspace_proxy.capture.rules import Scope
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
-from userspace_proxy.model import IPFamily, Redirect, family_of
+from userspace_proxy.model import IPFamily, Protocol, Redirect, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class NFTables:
 
     name = "nftables"
     rewrites_destination = True
-    listens = False
+    listens = frozenset[Protocol]()
 
     def __init__(self, *, bind_address: str, nodeport_cidrs: Sequence[str] = (), inside: Sequence[str] = ()) -> None:
         """A wildcard bind address stands for both families', any other for its own family alone."""

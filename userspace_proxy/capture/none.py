@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from userspace_proxy.capture.base import Changes, Difference
-from userspace_proxy.model import Redirect
+from userspace_proxy.model import Protocol, Redirect
 
 
 class NoCapture:
@@ -17,7 +17,7 @@ class NoCapture:
 
     name = "none"
     rewrites_destination = False
-    listens = False
+    listens = frozenset[Protocol]()
 
     async def start(self) -> None:
         """Works everywhere."""
