@@ -162,7 +162,7 @@ class Node:
                 env={**os.environ, "PYTHONWARNINGS": "error"},
             )
         if wait:
-            eventually(self.is_ready, 20)
+            eventually(self.is_ready, 60)
 
     def is_ready(self) -> bool:
         assert self.process is not None

@@ -440,8 +440,8 @@ def test_a_client_of_two_paths_may_lose_one_in_the_middle(start: Start) -> None:
                     "10.1.0.1",
                     "10.2.0.1",
                 }
-                for number in range(600):
-                    if number == 200:
+                for number in range(300):
+                    if number == 100:
                         pod.run(f"ip link set {there} down")
                     client.send(Message(b"%d" % number * 100))
                     message = server.receive()

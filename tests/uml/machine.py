@@ -6,7 +6,7 @@
 The guest sees this machine's files, read-only but for the directories given, has its own /tmp, /run and /dev/shm,
 one CPU and no network but lo, and powers off when the command ends: about 3 seconds besides the command's own. Its
 kernel is Debian's package `user-mode-linux`. Exit status: the command's own; 124: out of time; 125: the guest failed.
-Environment: UML_MEM (512M), UML_SECONDS (240).
+Environment: UML_MEM (512M), UML_SECONDS (480).
 
 This file is also the guest's init, run by the same Python. The host's half is at the end, `host`; which tests run
 here is decided in `tests.uml.reports`.
@@ -213,7 +213,7 @@ def host(command: list[str], writable: list[str]) -> int:
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         signal.signal(signal.SIGALRM, stop)
-        signal.alarm(int(os.environ.get("UML_SECONDS", "240")))
+        signal.alarm(int(os.environ.get("UML_SECONDS", "480")))
         try:
             while chunk := machine.stdout.read1(65536):
                 os.write(1, chunk)
