@@ -183,3 +183,12 @@ def test_a_signal_while_it_starts_ends_it_in_order(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     assert process.returncode == 0
+
+
+def test_a_change_that_could_not_be_started_with_is_no_change(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+        "clientConnection: {kubeconfig: /not/there}\n"
+    )
+    with pytest.raises(ConfigError, match="/not/there"):
+        cli._parse_again([f"--config={tmp_path}/config"])

@@ -121,3 +121,17 @@ def test_sctp_or_what_to_do_about_it() -> None:
 @pytest.mark.sctp
 def test_a_kernel_with_sctp_is_no_problem() -> None:
     assert host.sctp() == ""
+
+
+@pytest.mark.privileged
+def test_where_anything_can_be_bound_to_binding_proves_nothing() -> None:
+    with Namespace() as node:
+        node.run("ip link set lo up")
+        node.run("ip addr add 198.51.100.1/32 dev lo")
+        node.run("ip addr add 2001:db8::7/128 dev lo")
+        node.run("sysctl -qw net.ipv4.ip_nonlocal_bind=1 net.ipv6.ip_nonlocal_bind=1")
+        with node.entered():
+            for ip in ("127.0.0.1", "127.1.2.3", "::1", "198.51.100.1", "2001:db8::7"):
+                assert host.is_local_address(ip)
+            for ip in ("192.0.2.1", "2001:db8::1"):
+                assert not host.is_local_address(ip)

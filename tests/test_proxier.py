@@ -569,6 +569,19 @@ def test_connections_get_their_turn_every_few_steps(run: Run) -> None:
     run(main())
 
 
+def test_what_says_nothing_new_has_all_gone_through_again(run: Run) -> None:
+    async def main() -> None:
+        async with bench() as b:
+            await b.publish({WEB: tcp()})
+            calls = b.capture.calls
+            b.proxier.publish(Snapshot({WEB: tcp()}))
+            assert b.proxier.progress.waiting_since is not None
+            await b.synced()
+            assert b.capture.calls > calls
+
+    run(main())
+
+
 def test_changes_that_come_all_the_time_do_not_put_off_the_repair(run: Run) -> None:
     async def main() -> None:
         async with bench(sync_period=0.2) as b:

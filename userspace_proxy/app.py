@@ -188,6 +188,8 @@ class App:
 
     def _read_anew(self) -> None:
         """What is read is served as every change is, when it is there; to have begun is all there is to tell."""
+        if self._signals.stop.is_set():
+            return
         self._supervisor.reloading()
         self._source.reload()
         self._supervisor.reloaded()

@@ -11,6 +11,7 @@ everything else is `config`'s (flags) or `app`'s (running).
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -75,12 +76,17 @@ def _run(config: Config, arguments: Sequence[str]) -> int:
         except UserspaceProxyError as error:
             return _explain(ExceptionGroup("", [error]))
         end_at_once_on_signals()
+        # The one that has ended is in what was frozen once it had started.
+        gc.unfreeze()
+        gc.collect()
     return 0
 
 
 def _parse_again(arguments: Sequence[str]) -> Config:
+    """Raises ConfigError also for what would show only at the start: until then the present settings do."""
     config = parse(arguments)
     assert isinstance(config, Config)
+    choose(config)
     return config
 
 

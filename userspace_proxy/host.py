@@ -22,28 +22,44 @@ _CLOSED_NOT_DELIVERED = frozenset(("04", "09", "0B"))
 _OPEN_TO_CLIENTS = frozenset(("0A", "07"))
 """LISTEN of TCP, and what an unconnected UDP socket is."""
 _UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+_NONLOCAL_BIND = {
+    IPFamily.IPV4: Path("/proc/sys/net/ipv4/ip_nonlocal_bind"),
+    IPFamily.IPV6: Path("/proc/sys/net/ipv6/ip_nonlocal_bind"),
+}
 _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def is_local_address(ip: str) -> bool:
     """Whether this host owns an address: only then can a socket be bound to it."""
+    family = family_of(ip)
     try:
-        with socket.socket(_AF[family_of(ip)], socket.SOCK_DGRAM) as probe:
+        with socket.socket(_AF[family], socket.SOCK_DGRAM) as probe:
             probe.bind((ip, 0))
     except OSError:
         return False
-    return True
+    return not _may_bind_to_any(family) or ipaddress.ip_address(ip).is_loopback or _source_toward(ip) == ip
+
+
+def _may_bind_to_any(family: IPFamily) -> bool:
+    """As hosts let it be that share addresses (keepalived): then binding proves nothing."""
+    with suppress(OSError):
+        return _NONLOCAL_BIND[family].read_text().strip() == "1"
+    return False
+
+
+def _source_toward(ip: str) -> str:
+    """The address that a datagram to `ip` would come from: toward one of this host's own, the same."""
+    with socket.socket(_AF[family_of(ip)], socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((ip, 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
 
 
 def is_delivered_here(ip: str) -> bool:
     """Whether what is sent to an address comes back to this host, by a route alone if need be. Sends nothing."""
-    family = family_of(ip)
-    with socket.socket(_AF[family], socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((ip, 9))
-        except OSError:
-            return False
-        return str(probe.getsockname()[0]) in (family.loopback, ip)
+    return _source_toward(ip) in (family_of(ip).loopback, ip)
 
 
 def sctp() -> str:

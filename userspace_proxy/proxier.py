@@ -160,7 +160,8 @@ class Proxier:
             return  # an endpoint more or less must not make a socket listen again
         before, self._snapshot = self._snapshot, snapshot
         services = changed(before.services if before else {}, snapshot.services)
-        if before is None or services:
+        # Nothing new is news as well: somebody wants all that is known gone through again.
+        if before is None or services or not changed(before.endpoints, snapshot.endpoints):
             self._changed |= services
             self._mark_due()
         self._serving.follow(snapshot.endpoints, snapshot.node)
@@ -299,6 +300,8 @@ class Proxier:
         """Whether every step was gone through; what depends on one that failed is left out, and asked for again."""
         serving, want = self._serving, decision.want
         node_ports = {place.port for place in (*serving.claims, *want.claims)}
+        if any(isinstance(step, Open) for step in decision.steps):
+            node_ports.update(service.health_check_node_port for service in snapshot.services.values())
         unopened: set[SocketKey] = set()
         unclaimed: dict[LocalPort, SocketKey] = {}
         addresses = await self._nodeport_addresses(decision.steps)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +119,28 @@ def test_a_kernel_that_refuses_leaves_what_was(table, monkeypatch):
     monkeypatch.undo()
     assert table.repair() == 0
     assert table.change([], [redirect("10.96.0.11")]).added == 1
+
+
+SCRIPT = """
+from tests.capture.conversation import many
+from userspace_proxy.capture.nft_table import FamilyTable
+from userspace_proxy.capture.rules import Scope
+from userspace_proxy.model import IPFamily
+table = FamilyTable(Scope(IPFamily.IPV4, "0.0.0.0"))
+table.open()
+table.replace(many({count}))
+print("written", table._damage())
+table.close()
+"""
+
+
+@pytest.mark.parametrize("count", [5000])
+def test_thousands_in_one_transaction_without_root(count):
+    """In a user namespace the send buffer cannot be forced beyond the host's limit, which is larger than that."""
+    if int(Path("/proc/sys/net/core/wmem_max").read_text()) < 2 << 20:
+        pytest.skip("net.core.wmem_max is too small here")
+    command = ["unshare", "-Urn", "sh", "-c", 'ip link set lo up; exec "$0" -c "$1"', sys.executable]
+    done = subprocess.run(
+        [*command, SCRIPT.format(count=count)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "written 0\n", done.stderr

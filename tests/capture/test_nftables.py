@@ -59,8 +59,8 @@ def test_a_foreign_flush_is_repaired_at_once(captured, node, caplog):
     assert ruleset(node) == before
     captured.run(asyncio.sleep(0.05))
     assert "our IPv4 table was changed by nft (pid " in caplog.text
-    # It is told with the next sync: 3 elements, and in each family 4 chains and 20 rules.
-    assert captured.change([], []).repaired == 3 + 2 * 24
+    # It is told with the next sync: 3 elements, and in each family the table, 4 chains and 20 rules.
+    assert captured.change([], []).repaired == 3 + 2 * 25
     assert captured.change([], []).repaired == 0
 
 
@@ -73,12 +73,17 @@ def test_a_foreign_flush_is_repaired_at_once(captured, node, caplog):
         "flush chain ip userspace-proxy output",
         "add chain ip userspace-proxy mine",
         "delete table ip userspace-proxy",
+        "add table ip userspace-proxy { flags dormant; }",
+        "add element ip userspace-proxy inside-networks { 192.0.2.0/24 }",
+        "flush set ip userspace-proxy node-addresses",
         "flush ruleset",
     ],
 )
 def test_without_the_kernels_word_the_next_sync_repairs(captured, node, damage):
     """Nothing is heard here, since the loop does not run meanwhile and is not asked to first."""
-    captured.start().replace(redirect())
+    networks = {"inside": ("10.1.0.0/16",), "nodeport_cidrs": ("127.0.0.0/8",)} if " set " in damage else {}
+    networks = {"inside": ("10.1.0.0/16",)} if "element ip userspace-proxy inside" in damage else networks
+    captured.start(**networks).replace(redirect())
     before = ruleset(node)
     captured.capture._hear = lambda: None
     node.run("nft -f -", text=damage)

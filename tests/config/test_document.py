@@ -267,8 +267,17 @@ def test_what_go_cannot_tell_from_nothing_is_the_default(place, text):
 
 WRONG = {
     "bindAddress": {"localhost": "'localhost': not an IP address", "5": "'5': not a string, in quotes"},
-    "bindAddressHardFail": {'"true"': "'true': not true or false, without quotes", "1": "'1': not true or false"},
-    "clientConnection.burst": {"-1": "'-1': too small", "2.5": "'2.5': not a whole number", '"5"': "'5': not a whole"},
+    "bindAddressHardFail": {
+        '"true"': "'true': not true or false, without quotes",
+        "1": "'1': not true or false",
+        "!!bool maybe": "'maybe': not true or false",
+    },
+    "clientConnection.burst": {
+        "-1": "'-1': too small",
+        "2.5": "'2.5': not a whole number",
+        "!!int _": "'_': not a whole number",
+        '"5"': "'5': not a whole",
+    },
     "clientConnection.qps": {"fast": "'fast': not a number"},
     "conntrack.min": {"-1": "'-1': too small"},
     "enableProfiling": {"[true]": "not true or false, without quotes"},

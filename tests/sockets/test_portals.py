@@ -248,3 +248,21 @@ def test_draining_is_the_data_paths(node):
         assert idle == [True]
 
     in_loop(node, main, Protocol.TCP)
+
+
+def test_a_portal_whose_screen_is_refused_is_had_later(node):
+    async def main(bench):
+        bench.endpoints(8081)
+        opened = bench.open()
+        opened.serve()
+        with pytest.raises(PortError, match="source ranges"):
+            opened.screen([f"10.{n // 256}.{n % 256}.0/25" for n in range(2000)])
+        with pytest.raises(PortError, match="source ranges"):
+            opened.admit({portal("127.96.0.10")})
+        opened.screen(None)
+        opened.admit({portal("127.96.0.10")})
+        assert await bench.ask("127.96.0.10", 8080) == b"1:hi"
+        opened.close()
+        assert bench.shared.listeners == 0
+
+    in_loop(node, main, Protocol.TCP)

@@ -466,3 +466,17 @@ def test_a_file_is_not_read_before_it_is_whole(run, tmp_path, read):
             opened.write(service(ip="127.96.0.2")[20:])
         await watched.until_ips("127.96.0.2")
         assert watched.source.problems == ()
+
+
+def test_a_file_that_is_named_and_goes_away_is_served_until_it_is_back(run, tmp_path):
+    file = tmp_path / "web.yaml"
+    file.write_text(service("web", "10.96.0.1"))
+
+    @scenario(run, file)
+    async def _(watched):
+        published = len(watched.published)
+        file.unlink()
+        await watched.until_problem("what was read from it is served until it is back")
+        assert len(watched.published) == published
+        file.write_text(service("web", "10.96.0.2"))
+        await watched.until_ips("10.96.0.2")

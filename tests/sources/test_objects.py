@@ -198,6 +198,17 @@ def test_introductions_that_are_refused():
     )
     (found,) = problems(annotated(accept_proxy_protocol_from=8))
     assert "found 8; allowed: networks" in found
+    for version in (["v1"], {"a": 1}, 1):
+        (found,) = problems(annotated(send_proxy_protocol=version))
+        assert "allowed: none, v1, v2" in found
+
+
+def test_a_distribution_that_is_no_text_is_none():
+    assert only(service(trafficDistribution=16**5000)).preference is Preference.NONE
+
+
+def test_names_are_not_looked_up():
+    assert decode(endpoint_slice(addressType="FQDN", endpoints=[{"addresses": ["a.example"]}]), "f") is None
 
 
 def test_what_has_not_its_shape_does_not_hide_other_problems():
@@ -252,7 +263,7 @@ def test_a_port_without_a_name():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"addressType": "FQDN"}, "addressType: found 'FQDN'; allowed: IPv4, IPv6"),
+        ({"addressType": "IPX"}, "addressType: found 'IPX'; allowed: IPv4, IPv6"),
         ({"addressType": "IPv6"}, "endpoints[0].addresses[0]: found '10.1.0.1'; allowed: IPv6, as addressType says"),
         ({"apiVersion": "discovery.k8s.io/v1beta1"}, "apiVersion: found 'discovery.k8s.io/v1beta1'"),
         ({"metadata": {"name": "x"}}, "metadata.labels[kubernetes.io/service-name]: found nothing"),

@@ -83,6 +83,7 @@ class AdminServer:
             await runner.cleanup()
 
     async def _listen(self) -> socket.socket:
+        told = ""
         while True:
             try:
                 return listen(self._ip, self._port)
@@ -92,8 +93,10 @@ class AdminServer:
                 problem = f"{self._flag}: cannot listen on {where}: {reason}; {self._advice}"
                 if self._hard_fail:
                     raise ConfigError([problem]) from error
-                logger.warning("%s; trying again in %g s", problem, self._retry)
-                self._failed(problem)
+                if problem != told:
+                    told = problem
+                    logger.warning("%s; trying again every %g s", problem, self._retry)
+                    self._failed(problem)
             await asyncio.sleep(self._retry)
 
 

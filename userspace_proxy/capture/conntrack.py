@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from userspace_proxy.capture.netlink import ACK, NESTED, Netlink, attribute, attributes, message
+from userspace_proxy.host import is_local_address
 from userspace_proxy.model import IPFamily, Protocol
 
 _NETLINK_NETFILTER = 12
@@ -95,12 +96,7 @@ def _packed(family: IPFamily, ip: str) -> bytes:
 
 
 def _is_local(family: IPFamily, packed: bytes) -> bool:
-    with socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((socket.inet_ntop(_ADDRESS_FAMILY[family], packed), 0))
-        except OSError:
-            return False
-    return True
+    return is_local_address(socket.inet_ntop(_ADDRESS_FAMILY[family], packed))
 
 
 # Requests

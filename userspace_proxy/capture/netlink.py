@@ -82,7 +82,11 @@ class Netlink:
         """
         # One piece is what makes it a transaction; half of the buffer is the kernel's for its book-keeping.
         if len(batch) > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, len(batch) + (1 << 16))
+            size = len(batch) + (1 << 16)
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
+            except PermissionError:  # in a user namespace, where only the host's limit is left: net.core.wmem_max
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         self._socket.send(batch)
         first = next((code for kind, _, content in self.waiting() if kind == _ERROR and (code := _error(content))), 0)
         for _ in self.waiting():

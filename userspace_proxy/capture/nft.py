@@ -56,7 +56,8 @@ INSIDE = {PORTALS: "portals-inside", NODE_PORTS: "node-ports-inside"}
 MAPS = (*INSIDE, *INSIDE.values())
 
 _NODE_ADDRESSES, _INSIDE_NETWORKS = "node-addresses", "inside-networks"
-_SETS = (*MAPS, _NODE_ADDRESSES, _INSIDE_NETWORKS)
+NETWORKS = (_NODE_ADDRESSES, _INSIDE_NETWORKS)
+_SETS = (*MAPS, *NETWORKS)
 """Their order is their number within a transaction."""
 _CHAINS = {
     "outside": ((PORTALS,), (NODE_PORTS,)),
@@ -69,7 +70,7 @@ _TABLE_NAME = TABLE.encode() + b"\0"
 PROTOCOL_NUMBERS = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.SCTP: 132}
 
 _SUBSYSTEM = 10
-_NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN, _GET_CHAIN, _NEW_RULE, _GET_RULE = 0, 2, 3, 4, 6, 7
+_NEW_TABLE, _GET_TABLE, _DELETE_TABLE, _NEW_CHAIN, _GET_CHAIN, _NEW_RULE, _GET_RULE = 0, 1, 2, 3, 4, 6, 7
 _NEW_SET, _NEW_ELEMENTS, _GET_ELEMENTS, _DELETE_ELEMENTS, _NEW_GENERATION, _GET_GENERATION = 9, 12, 13, 14, 15, 16
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 
@@ -295,6 +296,10 @@ def _ranges(networks: Iterable[Network]) -> list[tuple[Address, Address]]:
 # Reading back
 
 
+def ask_for_tables(family: IPFamily) -> tuple[int, bytes]:
+    return _SUBSYSTEM << 8 | _GET_TABLE, _question(family)
+
+
 def ask_for_chains(family: IPFamily) -> tuple[int, bytes]:
     return _SUBSYSTEM << 8 | _GET_CHAIN, _question(family)
 
@@ -316,12 +321,17 @@ def _question(family: IPFamily) -> bytes:
 
 
 def read_frame(kind: int, body: bytes) -> bytes:
-    """What tells a chain or rule of ours from what it could be changed into; empty if it is not of our table."""
+    """What tells our table, or a chain or rule of it, from what it could be changed into; empty if it is not ours."""
     found = dict(attributes(body[4:]))
     if found.get(1) != _TABLE_NAME:
         return b""
-    telling = (3, 4, 7) if kind & 0xFF == _NEW_CHAIN else (2, 4)
-    return b"|".join(found.get(number, b"") for number in telling)
+    telling = {_NEW_TABLE: (2,), _NEW_CHAIN: (3, 4, 7)}.get(kind & 0xFF, (2, 4))
+    return b"|".join((b"%d" % (kind & 0xFF), *(found.get(number, b"") for number in telling)))
+
+
+def read_listed(body: bytes) -> list[bytes]:
+    """The elements of a set of networks in one message of a dump, as they are."""
+    return [content for _, content in attributes(dict(attributes(body[4:])).get(3, b""))]
 
 
 def read_elements(body: bytes, name: str) -> Iterator[tuple[Key, Value]]:

@@ -98,7 +98,7 @@ class FamilyTable:
             logger.debug("elements cannot be changed, writing the whole table: %s", error)
             self._write({key: value for key, value in self._elements.items() if key not in before} | after)
         for key in before:
-            del self._elements[key]
+            self._elements.pop(key, None)
         self._elements.update(after)
 
     def repair(self) -> int:
@@ -153,7 +153,8 @@ class FamilyTable:
         frame = _read_frame(self._netlink, self._scope.family)
         found = dict(_read_elements(self._netlink, self._scope.family))
         elements = sum(found.get(key) != value for key, value in self._elements.items())
-        return elements + len(found.keys() - self._elements.keys()) + len(set(frame) ^ set(self._frame))
+        differing = len(set(frame) ^ set(self._frame)) or int(frame != self._frame)  # else in their order
+        return elements + len(found.keys() - self._elements.keys()) + differing
 
     def _read_generation(self) -> int:
         return nft.read_generation(self._netlink.ask(*nft.ask_for_generation()))
@@ -177,13 +178,22 @@ def _places(elements: Iterable[tuple[Key, Value]]) -> list[Place]:
 
 
 def _read_frame(netlink: Netlink, family: IPFamily) -> list[bytes]:
-    """Our chains and rules; none where there is no such table."""
-    return [
+    """Our table, its chains and rules, and what is in its sets of addresses; nothing where there is no such table."""
+    frame = [
         found
-        for question in (nft.ask_for_chains(family), nft.ask_for_rules(family))
+        for question in (nft.ask_for_tables(family), nft.ask_for_chains(family), nft.ask_for_rules(family))
         for kind, body in netlink.dump(*question)
         if (found := nft.read_frame(kind, body))
     ]
+    for name in nft.NETWORKS if frame else ():
+        try:
+            listed = [body for _, body in netlink.dump(*nft.ask_for_elements(family, name))]
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        else:
+            frame += sorted(found for body in listed for found in nft.read_listed(body))
+    return frame
 
 
 def remove(family: IPFamily) -> list[str]:

@@ -156,7 +156,10 @@ def _text(node: yaml.Node, wanted: type) -> str:
         raise ValueError(f"not {_NAMES[wanted]}{quotes}")
     if tag == "str" or node.value == "0":
         return str(node.value)
-    value = yaml.constructor.SafeConstructor().construct_object(node)
+    try:
+        value = yaml.constructor.SafeConstructor().construct_object(node)
+    except (LookupError, ValueError):  # tagged as what it is not
+        raise ValueError(f"not {_NAMES[wanted]}") from None
     return str(value).lower() if wanted is bool else str(value)
 
 

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from userspace_proxy.exceptions import HeaderError
 from userspace_proxy.model import Address, IPFamily
-from userspace_proxy.poller import EDGE_IN, Poller
+from userspace_proxy.poller import EDGE_IN, ERR, HUP, RDHUP, Poller
 from userspace_proxy.proxyprotocol import LONGEST, Header, decode, encode
 from userspace_proxy.sockets.base import AF
 
@@ -28,6 +28,7 @@ PATIENCE = 3.0
 """Seconds for a header to come whole. It is sent with the connection, so only a stranger takes longer."""
 
 _DONTWAIT = int(socket.MSG_DONTWAIT)
+_ENDS = ERR | HUP | RDHUP
 
 # (level, option, length, the address's place in the answer): SO_ORIGINAL_DST and its IPv6 twin have no names here.
 _ORIGINAL_DESTINATION = {
@@ -62,21 +63,21 @@ class Introduction(Generic[_Owner]):
         self.owner = owner
         self.client = client
 
-    def on_events(self, _events: int) -> None:
+    def on_events(self, events: int) -> None:
         # Looked at, not taken: what follows the header is for the endpoint, and stays where it is.
+        header = None
+        over = bool(events & _ENDS)
         try:
-            start = self.client.recv(LONGEST, _DONTWAIT | socket.MSG_PEEK)
-            header = decode(start) if start else None
+            header = decode(self.client.recv(LONGEST, _DONTWAIT | socket.MSG_PEEK))
             if header is not None:
                 self.client.recv(header.length, _DONTWAIT)
-                self._all.end(self, header)
-            elif not start:
-                self._all.end(self, None)
         except BlockingIOError:
             pass
         except (OSError, HeaderError) as error:
             logger.debug("no PROXY protocol header: %s", error)
-            self._all.end(self, None)
+            over = True
+        if header is not None or over:
+            self._all.end(self, header)
 
 
 class Introductions(Generic[_Owner]):
@@ -93,7 +94,7 @@ class Introductions(Generic[_Owner]):
     def wait(self, owner: _Owner, client: SocketType) -> None:
         introduction = Introduction(self, owner, client)
         self._waiting.add(introduction)
-        self._poller.register(client, introduction, EDGE_IN)
+        self._poller.register(client, introduction, EDGE_IN | RDHUP)
         self._poller.call_at(self._poller.clock() + PATIENCE, partial(self.end, introduction, None))
 
     def end(self, introduction: Introduction[_Owner], header: Header | None) -> None:

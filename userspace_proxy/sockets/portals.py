@@ -143,12 +143,11 @@ class PortalSocket:
         # Whether they are this host's is for the capture to say, which has told why not.
         if portal.kind in (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP) and not host.is_local_address(place[0]):
             return
-        listener = self._at(place)
-        listener.admit(None)
-        listener.screen(self._networks)
-        listener.speak(self._proxy_protocol)
-        self._listeners[place] = listener
+        listener = self._listeners[place] = self._at(place)
         self._shared.listeners += 1
+        listener.admit(None)
+        listener.speak(self._proxy_protocol)
+        listener.screen(self._networks)
 
     def _close_others(self, wanted: Collection[Place]) -> None:
         for place in [place for place in self._listeners if place not in wanted]:

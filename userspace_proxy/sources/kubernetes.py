@@ -117,6 +117,7 @@ class _NodeFeed:
     def __init__(self, name: str, flush: Callable[[], None]) -> None:
         self.node = Node(name)
         self.settled = False
+        self.listed = False
         self.flush = flush
 
     def read(self, value: object) -> Node:
@@ -137,7 +138,7 @@ class _NodeFeed:
                 self.node.name,
             )
         self.node = items[0] if items else Node(self.node.name)
-        self.settled = True
+        self.settled = self.listed = True
 
     def put(self, item: Node) -> None:
         self.node = item
@@ -245,9 +246,9 @@ class KubernetesSource:
         snapshot = None if self._snapshot else await asyncio.to_thread(saved.load)
         if snapshot is not None and self._snapshot is None:
             logger.warning("the state saved in %s is served until the API server has told its own", saved.file)
-            if snapshot.node is not None and snapshot.node.name == self._node.node.name:
+            if snapshot.node is not None and snapshot.node.name == self._node.node.name and not self._node.listed:
                 self._node.node = snapshot.node
-            self._publish(snapshot)
+            self._publish(replace(snapshot, node=self._node.node))
 
     async def _save_changes(self, saved: SavedState) -> None:
         while True:
@@ -255,12 +256,13 @@ class KubernetesSource:
             await asyncio.sleep(self._pace.save_after)
             self._changed.clear()
             snapshot = self._snapshot
-            if snapshot is not None:
-                await asyncio.to_thread(self._save, saved, snapshot)
+            if snapshot is not None and await asyncio.to_thread(self._save, saved, snapshot):
                 self._written = snapshot
 
-    def _save(self, saved: SavedState, snapshot: Snapshot) -> None:
+    def _save(self, saved: SavedState, snapshot: Snapshot) -> bool:
         try:
             saved.save(snapshot)
         except OSError as error:
             logger.warning("--state-dir: %s: %s; the state is not saved", saved.file.parent, error.strerror)
+            return False
+        return True

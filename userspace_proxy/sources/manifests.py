@@ -177,7 +177,8 @@ class ManifestSource:
 
     def _read(self, touched: set[str], *, everywhere: bool, again: bool) -> Snapshot:
         """Read the files that changed, or everything `again`; runs in a thread, never twice at a time."""
-        if everywhere:
+        # A path of ours that has gone away is not an empty directory: what it held stays.
+        if everywhere or any(Path(file) in self._paths and not os.path.lexists(file) for file in touched):
             self._look(touched, again=again)
         else:
             for file in filter(self._is_manifest, sorted(touched)):

@@ -206,7 +206,7 @@ def _read_service(decoded: ServiceShape, identity: Identity, check: Check) -> Se
         "source_ranges": _read_source_ranges(spec, check),
         "health_check_node_port": _read_health_check(spec, check),
         "publish_not_ready": bool(spec.publish_not_ready_addresses),
-        "preference": _PREFERENCES.get(str(spec.traffic_distribution), Preference.NONE),
+        "preference": _read_preference(spec.traffic_distribution),
         "proxy_protocol": _read_proxy_protocol((decoded.metadata and decoded.metadata.annotations) or {}, check),
     }
     ports: dict[ServicePortName, ServicePort] = {}
@@ -267,17 +267,22 @@ def _read_source_ranges(spec: ServiceSpec, check: Check) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ranges))
 
 
+def _read_preference(distribution: object) -> Preference:
+    return _PREFERENCES.get(distribution, Preference.NONE) if isinstance(distribution, str) else Preference.NONE
+
+
 def _read_proxy_protocol(annotations: Mapping[Any, Any], check: Check) -> ProxyProtocol:
     field = f"metadata.annotations[{SEND_PROXY}]"
     version = annotations.get(SEND_PROXY, "none")
-    if version not in _VERSIONS:
+    if not isinstance(version, str) or version not in _VERSIONS:
         check.refuse(field, version, ", ".join(_VERSIONS))
+        version = "none"
     field, trusted = f"metadata.annotations[{ACCEPT_PROXY}]", annotations.get(ACCEPT_PROXY, "")
     if not isinstance(trusted, str):
         check.refuse(field, trusted, "networks, as 192.0.2.0/24, with commas between them")
         trusted = ""
     networks = tuple(check.network(field, each) for each in trusted.split(",") if each.strip())
-    return ProxyProtocol(_VERSIONS.get(version, 0), networks)
+    return ProxyProtocol(_VERSIONS[version], networks)
 
 
 def _read_health_check(spec: ServiceSpec, check: Check) -> int:
@@ -289,9 +294,11 @@ def _read_health_check(spec: ServiceSpec, check: Check) -> int:
 
 def _read_slice(
     decoded: EndpointSliceShape, identity: Identity, labels: Mapping[Any, Any], check: Check
-) -> EndpointSet:
+) -> EndpointSet | None:
     service = check.name(f"metadata.labels[{SERVICE_NAME}]", labels.get(SERVICE_NAME))
     family = decoded.address_type
+    if family == "FQDN":
+        return None  # names are not looked up, by kube-proxy neither
     if family not in ("IPv4", "IPv6"):
         check.refuse("addressType", family, "IPv4, IPv6")
     # A port without a number stands for all of them; there is none to send a client to, so it is passed over.

@@ -95,7 +95,8 @@ class Reflector(Generic[Item]):
         """List anew, now."""
         self._course.start_over()
         if self._step is not None:
-            self._step.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # it is ending already
+                self._step.reschedule(asyncio.get_running_loop().time())
 
     async def _go_on(self) -> float:
         """List or watch, once; the time to wait afterwards."""
