@@ -105,6 +105,20 @@ def test_clients_from_elsewhere_are_served_as_they_are(start: Start) -> None:
             assert client.recv(100) == b"x"
 
 
+def test_source_ranges_are_for_who_connects_whatever_a_header_says(start: Start) -> None:
+    """A header cannot let anybody in, nor keep anybody out."""
+    with Servers(echo) as endpoint:
+        proxy = speaking(start, FROM_LOOPBACK, endpoint.address)
+        proxy.call(proxy.socket.screen, ["127.0.1.0/24"])
+        with proxy.connect(source="127.0.1.1") as client:
+            client.sendall(encode(2, CLIENT, PLACE) + b"x")
+            assert client.recv(100) == b"x"
+        with pytest.raises(TimeoutError), socket.socket() as stranger:
+            stranger.settimeout(0.3)
+            stranger.connect(proxy.address)
+        eventually(lambda: proxy.ended() == {Outcome.CLIENT_CLOSED: 1})
+
+
 def test_affinity_is_that_of_who_was_introduced(start: Start) -> None:
     with contextlib.ExitStack() as stack:
         named = [stack.enter_context(Named(Protocol.TCP, V4, name)) for name in "abcde"]
