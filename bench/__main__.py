@@ -130,7 +130,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     number = _number(int, 1, 100)
     parser.add_argument("--rounds", type=number, default=5, help="how often each is measured (default 5)")
     parser.add_argument(
-        "--seconds", type=_number(float, 0.5, 60), default=1.0, help="how long each load lasts (default 1)"
+        "--seconds",
+        type=_number(int, 1, 60),
+        default=1,
+        help="how long each load lasts (default 1; wrk knows whole ones)",
     )
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP", help=", ".join(groups))
     parser.add_argument("--peers", nargs="+", choices=plan.peers([]), metavar="PEER", help=", ".join(plan.peers([])))
