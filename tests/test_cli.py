@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,29 @@ def test_a_signal_while_it_starts_ends_it_in_order(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     assert process.returncode == 0
+
+
+def test_nothing_of_a_former_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it has started it freezes what there is, and would so keep itself for ever."""
+
+    class Proxy:
+        def __init__(self) -> None:
+            self.itself = self
+
+    former: list[weakref.ref[Proxy]] = []
+    alive: list[int] = []
+
+    async def serve(config: Config, _parse: object) -> Config | None:
+        alive.append(sum(each() is not None for each in former))
+        former.append(weakref.ref(Proxy()))
+        gc.freeze()
+        return config if len(alive) < 3 else None
+
+    monkeypatch.setattr(cli, "serve", serve)
+    monkeypatch.setattr(cli.logs, "set_up", lambda *_: None)
+    monkeypatch.setattr(cli, "end_at_once_on_signals", lambda: None)
+    assert cli._run(Config(), []) == 0
+    assert alive == [0, 0, 0]
 
 
 def test_a_change_that_could_not_be_started_with_is_no_change(tmp_path: Path) -> None:

@@ -569,6 +569,18 @@ def test_connections_get_their_turn_every_few_steps(run: Run) -> None:
     run(main())
 
 
+def test_a_proxy_port_is_no_health_check_port(run: Run) -> None:
+    """The Service that has it comes with the others, and a socket of any of them would do."""
+
+    async def main() -> None:
+        async with bench(PortRange(20100, 20102)) as b:
+            checked = tcp("127.96.0.2", health_check_node_port=20101)
+            await b.publish({WEB: tcp(), WEB._replace(name="checked"): checked})
+            assert sorted(b.redirects().values()) == [20100, 20102]
+
+    run(main())
+
+
 def test_what_says_nothing_new_has_all_gone_through_again(run: Run) -> None:
     async def main() -> None:
         async with bench() as b:

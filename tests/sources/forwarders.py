@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
 import socket
@@ -30,7 +31,7 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
     return found
 
 
-class Forwarder(Servers):
+class Forwarder(Servers, abc.ABC):
     """`user` and `password`, where given, are asked for."""
 
     scheme = ""
@@ -56,11 +57,13 @@ class Forwarder(Servers):
             _pump(client, server)
             back.join(5)
 
+    @abc.abstractmethod
     def _greet(self, client: socket.socket) -> tuple[str, int]:
-        raise NotImplementedError
+        """Hear whereto the client wants to be connected."""
 
+    @abc.abstractmethod
     def _agree(self, client: socket.socket) -> None:
-        raise NotImplementedError
+        """Tell it that it is."""
 
 
 class HTTPForwarder(Forwarder):

@@ -508,6 +508,54 @@ def test_a_state_that_cannot_be_saved_is_told(
     run(main())
 
 
+def test_a_saved_state_hides_no_fresher_node(api: APIServer, run: Run, tmp_path: Path) -> None:
+    async def first() -> None:
+        async with follow(api, state=tmp_path).running() as follower:
+            await eventually(lambda: follower.last.node == Node(NODE, "zone-a"))
+
+    async def second() -> None:
+        async with follow(api, state=tmp_path).running() as follower:
+            await eventually(lambda: follower.published)
+            assert follower.services == ["web"]
+            assert follower.last.node == Node(NODE, "zone-b")
+
+    run(first())
+    api.put(node_object("zone-b"))
+    api.manner = only("Service", "list", Manner(silent=0))
+    run(second())
+
+
+def test_what_could_not_be_saved_is_saved_at_the_end(
+    api: APIServer, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "state"
+    directory.write_text("in the way")
+
+    async def main() -> None:
+        async with follow(api, state=directory).running():
+            await eventually(lambda: "the state is not saved" in caplog.text)
+            directory.unlink()
+
+    run(main())
+    assert any(directory.iterdir())
+
+
+def test_several_requests_to_list_anew_are_one(api: APIServer, run: Run) -> None:
+    async def main() -> None:
+        async with follow(api).running() as follower:
+            await eventually(lambda: follower.published)
+            first = len(api.requests)
+            for _ in range(3):
+                follower.source.reload()
+                await asyncio.sleep(0)
+            api.put(endpoints("web", ["10.1.0.7:8080"]))
+            await eventually(lambda: follower.addresses("web") == ["10.1.0.7:8080"])
+            listed = {"EndpointSlice", "Node", "Service"}
+            await eventually(lambda: {r.kind for r in api.requests[first:] if r.verb == "list"} == listed)
+
+    run(main())
+
+
 # -- at random
 
 
