@@ -77,13 +77,44 @@ def test_what_the_peer_has_not_taken_is_undelivered(family: int) -> None:
         eventually(lambda: not host.undelivered({number}))
 
 
+OURS = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"
+
+
 def test_who_has_a_port_is_told_by_name(listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    name = Path("/proc/self/comm").read_text().strip()
-    assert host.who_has(port) == f"{name} (pid {os.getpid()})"
+    assert host.who_has("tcp", "127.0.0.1", port) == OURS
     assert port not in host.listeners_on_all_addresses()
     listener.close()
-    assert host.who_has(port) == ""
+    assert host.who_has("tcp", "127.0.0.1", port) == ""
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+@pytest.mark.parametrize("at", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", "::"])
+@pytest.mark.parametrize("wanted", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_who_has_a_port_is_who_is_in_the_way(protocol: str, at: str, wanted: str) -> None:
+    """Held to the kernel, which binds there or does not; a wildcard of both families is in the way of either."""
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}[protocol]
+    with bound(at, 0, kind) as there:
+        port = there.getsockname()[1]
+        try:
+            bound(wanted, port, kind).close()
+            in_the_way = ""
+        except OSError:
+            in_the_way = OURS
+        assert host.who_has(protocol, wanted, port) == in_the_way
+        assert host.who_has({"tcp": "udp", "udp": "tcp"}[protocol], wanted, port) == ""
+
+
+def bound(ip: str, port: int, kind: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind)
+    try:
+        sock.bind((ip, port))
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 @pytest.mark.parametrize(("family", "ip"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])

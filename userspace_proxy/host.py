@@ -10,7 +10,8 @@ import ipaddress
 import os
 import resource
 import socket
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,15 +83,9 @@ def undelivered(ports: Collection[int]) -> int:
 
     By then they belong to no process, so only the kernel can tell. Blocks for a millisecond a thousand sockets.
     """
-    found = 0
-    for name in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
-            next(sockets)
-            for line in sockets:
-                _, local, _, state, *_ = line.split(maxsplit=4)
-                if state in _CLOSED_NOT_DELIVERED and int(local[-4:], 16) in ports:
-                    found += 1
-    return found
+    return sum(
+        state in _CLOSED_NOT_DELIVERED and int(local[-4:], 16) in ports for _, local, _, state, _ in _sockets("tcp")
+    )
 
 
 def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:
@@ -125,16 +120,16 @@ def first_unprivileged_port() -> int:
         return 1024
 
 
-def who_has(port: int) -> str:
-    """Name and process of who listens at a local port, as far as we may see that. Blocks for some milliseconds."""
-    inodes: set[str] = set()
-    for name in ("tcp", "tcp6", "udp", "udp6"):
-        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
-            next(sockets)
-            for line in sockets:
-                _, local, _, state, *_, inode = line.split(maxsplit=10)[:10]
-                if state in _OPEN_TO_CLIENTS and int(local[-4:], 16) == port:
-                    inodes.add(f"socket:[{inode}]")
+def who_has(protocol: str, ip: str, port: int) -> str:
+    """Name and process of who listens where a "tcp" or "udp" socket of this place would, as far as we may see that.
+
+    Blocks for some milliseconds.
+    """
+    inodes = {
+        f"socket:[{rest.split()[5]}]"
+        for _, local, _, state, rest in _sockets(protocol)
+        if state in _OPEN_TO_CLIENTS and int(local[-4:], 16) == port and _exclude_each_other(_address(local), ip)
+    }
     for process in Path("/proc").glob("[0-9]*") if inodes else ():
         with suppress(OSError), os.scandir(process / "fd") as descriptors:
             if any(os.readlink(descriptor) in inodes for descriptor in descriptors):
@@ -142,18 +137,40 @@ def who_has(port: int) -> str:
     return ""
 
 
+def _exclude_each_other(there: str, here: str) -> bool:
+    """Whether sockets at these addresses cannot have the same port. One at :: may be one for IPv4 as well."""
+    if family_of(there) is not family_of(here):
+        return "::" in (there, here)
+    return there == here or family_of(here).wildcard in (there, here)
+
+
 def listeners_on_all_addresses() -> list[int]:
     """The TCP ports that somebody listens at, wherever clients come to."""
-    ports = set()
-    for name in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as sockets:
-            next(sockets)
-            for line in sockets:
-                _, local, _, state, *_ = line.split(maxsplit=4)
-                address, _, port = local.partition(":")
-                if state == "0A" and not address.strip("0"):
-                    ports.add(int(port, 16))
-    return sorted(ports)
+    return sorted(
+        {
+            int(local[-4:], 16)
+            for _, local, _, state, _ in _sockets("tcp")
+            if state == "0A" and not local.partition(":")[0].strip("0")
+        }
+    )
+
+
+def _sockets(protocol: str) -> Iterator[list[str]]:
+    """Number, local place, remote place and state of each socket of both families, and the rest of its line."""
+    for name in (protocol, f"{protocol}6"):
+        with suppress(OSError), open(f"/proc/thread-self/net/{name}") as lines:
+            next(lines)
+            for line in lines:
+                yield line.split(maxsplit=4)
+
+
+def _address(place: str) -> str:
+    """The address of a place as the kernel writes it: words of 32 bits in its own byte order, and the port."""
+    words = place.partition(":")[0]
+    packed = b"".join(int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8))
+    address = ipaddress.ip_address(packed)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
 
 
 def raise_descriptor_limit() -> int:

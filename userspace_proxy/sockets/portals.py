@@ -128,7 +128,7 @@ class PortalSocket:
             try:
                 self._open(place, portal)
             except (PortError, OSError) as error:
-                problems.append(_explain(error, place, self.key, self.port))
+                problems.append(self._explain(error, place))
         for listener in (self._proxy_socket, *self._listeners.values()):
             try:
                 listener.serve() if self._serving else listener.refuse()
@@ -149,25 +149,24 @@ class PortalSocket:
         listener.speak(self._proxy_protocol)
         listener.screen(self._networks)
 
+    def _explain(self, error: PortError | OSError, place: Place) -> str:
+        """What is in the way, and what to do about it where that is known."""
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        code = cause.errno if isinstance(cause, OSError) else 0
+        meanwhile = f"meanwhile its clients on this host can use {join_host_port(self.key.family.loopback, self.port)}"
+        if code == errno.EADDRINUSE:
+            owner = host.who_has(self._shared.protocol.value.lower(), *place)
+            return f"{error}{f', by {owner}' if owner else ''}; end it, or have it listen on other addresses only"
+        if code == errno.EACCES:
+            return (
+                f"{error}: ports below {host.first_unprivileged_port()} need CAP_NET_BIND_SERVICE, or "
+                f"sysctl net.ipv4.ip_unprivileged_port_start={place[1]}; {meanwhile}"
+            )
+        if code == errno.EADDRNOTAVAIL:
+            return f"{error}: not an address of this host, and to make it one takes CAP_NET_ADMIN; {meanwhile}"
+        return str(error)
+
     def _close_others(self, wanted: Collection[Place]) -> None:
         for place in [place for place in self._listeners if place not in wanted]:
             self._listeners.pop(place).close()
             self._shared.listeners -= 1
-
-
-def _explain(error: PortError | OSError, place: Place, key: SocketKey, proxy_port: int) -> str:
-    """What is in the way, and what to do about it where that is known."""
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    code = cause.errno if isinstance(cause, OSError) else 0
-    meanwhile = f"meanwhile its clients on this host can use {join_host_port(key.family.loopback, proxy_port)}"
-    if code == errno.EADDRINUSE:
-        owner = host.who_has(place[1])
-        return f"{error}{f', by {owner}' if owner else ''}; end it, or have it listen on other addresses only"
-    if code == errno.EACCES:
-        return (
-            f"{error}: ports below {host.first_unprivileged_port()} need CAP_NET_BIND_SERVICE, or "
-            f"sysctl net.ipv4.ip_unprivileged_port_start={place[1]}; {meanwhile}"
-        )
-    if code == errno.EADDRNOTAVAIL:
-        return f"{error}: not an address of this host, and to make it one takes CAP_NET_ADMIN; {meanwhile}"
-    return str(error)
