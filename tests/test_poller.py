@@ -165,6 +165,36 @@ def test_again_lets_the_others_go_first(run: Run) -> None:
     run(main())
 
 
+def test_what_was_put_off_is_done_at_the_end_of_each_batch(run: Run) -> None:
+    async def main() -> None:
+        poller = Poller(asyncio.get_running_loop())
+        told: list[str] = []
+
+        class Reader:
+            def __init__(self, sock: socket.socket) -> None:
+                self.sock = sock
+
+            def on_events(self, _events: int) -> None:
+                told.append(self.sock.recv(100).decode())
+
+        poller.at_end_of_batch(lambda: told.append("end"))
+        pairs = [socket.socketpair() for _ in range(3)]
+        for one, other in pairs:
+            poller.register(one, Reader(one), LEVEL_IN)
+            other.send(b"read")
+        await turns()
+        assert told == ["read"] * 3 + ["end"]
+        pairs[0][1].send(b"more")
+        await turns()
+        assert told[4:] == ["more", "end"]
+        for one, other in pairs:
+            poller.discard(one)
+            other.close()
+        poller.close()
+
+    run(main())
+
+
 def test_timers_ring_in_order(run: Run) -> None:
     async def main() -> None:
         poller = Poller(asyncio.get_running_loop())

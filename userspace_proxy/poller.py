@@ -60,6 +60,7 @@ class Poller:
         self._watchers: dict[int, Watcher] = {}
         self._doomed: list[SocketType] = []
         self._again: deque[Callable[[], None]] = deque()
+        self._ends: list[Callable[[], None]] = []
         self._draining = False
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
@@ -74,6 +75,7 @@ class Poller:
             self._alarm.cancel()
         self._timers.clear()
         self._again.clear()
+        self._ends.clear()
         self._watchers.clear()
         self._bury()
         self._epoll.close()
@@ -109,6 +111,10 @@ class Poller:
         self._watchers.pop(sock.fileno(), None)
         self._epoll.unregister(sock.fileno())
 
+    def at_end_of_batch(self, callback: Callable[[], None]) -> None:
+        """Call back at the end of every batch: for what watchers have put off to do together."""
+        self._ends.append(callback)
+
     def again(self, callback: Callable[[], None]) -> None:
         """Call back after everybody else had their turn: for a watcher that stops short of EAGAIN."""
         if not self._again:
@@ -126,6 +132,8 @@ class Poller:
                         watcher.on_events(events)
                     except Exception:
                         logger.exception("events %#x of descriptor %d: not seen through", events, fd)
+            for callback in self._ends:
+                callback()
         finally:
             self._draining = False
             self._bury()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -15,9 +17,11 @@ from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import IPFamily, Protocol, ServicePortName, SocketKey
 from userspace_proxy.sockets.base import AF, Descriptors
+from userspace_proxy.sockets.datagrams import COUNT
 from userspace_proxy.sockets.udp import Flow, UDPSockets
 
 V4 = IPFamily.IPV4
+OTHER = SocketKey(ServicePortName("default", "other", ""), V4)
 
 
 class Echo:
@@ -299,6 +303,9 @@ class _Timers:
     def call_at(self, when: float, callback: object) -> None:
         self.due.append((when, callback))
 
+    def at_end_of_batch(self, callback: object) -> None:
+        """There is none."""
+
     def discard(self, sock: socket.socket) -> None:
         sock.close()
 
@@ -318,7 +325,7 @@ def test_the_idle_clock_runs_from_the_last_datagram_either_way() -> None:
     shared = UDPSockets(timers, Descriptors(10), idle_timeout=10.0, max_flows=10)  # type: ignore[arg-type]
     owner = type("Owner", (), {"flows": {}, "metrics": ServicePortMetrics(), "balancer": LoadBalancer})()
     assert shared.room()
-    flow = Flow(owner, (("127.0.0.1", 1), b""), [], clock.now)
+    flow = Flow(owner, struct.pack("=H", socket.AF_INET).ljust(72, b"\0"), clock.now)
     flow.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     shared.add(flow)
     for _ in range(5):
@@ -340,3 +347,35 @@ def test_flows_that_never_were_leave_nothing_to_wait_for(start: Start) -> None:
             client.send(b"x")
     eventually(lambda: proxy.ended()[Outcome.DIAL_FAILED] == 500)
     assert len(proxy.sockets._idle) < 100  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def held(proxy: ProxyThread) -> Iterator[None]:
+    """What happens meanwhile meets the proxy all at once."""
+    release = threading.Event()
+    proxy.loop.call_soon_threadsafe(release.wait, 10)
+    yield
+    release.set()
+
+
+def test_replies_of_one_wake_up_find_their_ways(start: Start) -> None:
+    """More than go together, of two service ports among each other."""
+    with listener(V4, Protocol.UDP) as endpoint, contextlib.ExitStack() as stack:
+        endpoint.settimeout(5)
+        proxy = start(Protocol.UDP, V4, [address(endpoint)], idle_timeout=60)
+        with listener(V4, Protocol.UDP) as free:
+            _, number = address(free)
+        other = proxy.call(proxy.sockets.open, OTHER, "127.0.0.1", number, proxy.balancer, ServicePortMetrics())
+        stack.callback(proxy.call, other.close)
+        proxy.call(other.serve)
+        clients = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(4 * COUNT)]
+        for number, client in enumerate(clients):
+            stack.enter_context(client).settimeout(5)
+            client.connect(("127.0.0.1", (proxy.socket.port, other.port)[number % 2]))
+            client.send(b"%d" % number)
+        heard = [endpoint.recvfrom(100) for _ in clients]
+        with held(proxy):
+            for datagram, flow in heard:
+                endpoint.sendto(datagram, flow)
+        assert [client.recv(100) for client in clients] == [b"%d" % number for number in range(len(clients))]
+        assert proxy.counts.replied == proxy.call(lambda: other.metrics.replied) == 2 * COUNT  # type: ignore[attr-defined]

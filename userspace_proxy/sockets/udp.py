@@ -1,8 +1,8 @@
 """UDP proxy sockets: datagrams between clients and endpoints, flow by flow.
 
 A flow is a client address and the local address it spoke to; it owns a socket connected to its endpoint. Its
-idle clock runs from the last datagram either way. Replies leave from the address the client spoke to, as
-IP_PKTINFO tells it, or NAT on the way back would not know them.
+idle clock runs from the last datagram either way. Replies leave from the address the client spoke to, or NAT on the
+way back would not know them; they wait for those of the same wake-up to go together (`datagrams`).
 
 `UDPSocket` is one service port; `UDPSockets` is what they share: the flows of all, capped together since
 descriptors are, the one idle longest going first. Watching is level-triggered here: most wake-ups bring one
@@ -16,25 +16,20 @@ import heapq
 import itertools
 import logging
 import socket
-import struct
-import typing
 from collections.abc import Callable, Collection, Sequence
 from socket import SocketType
 
 from userspace_proxy.exceptions import NoEndpoints
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics, errno_name
-from userspace_proxy.model import Address, IPFamily, Portal, Protocol, ProxyProtocol, SocketKey, join_host_port
+from userspace_proxy.model import Address, Portal, Protocol, ProxyProtocol, SocketKey, join_host_port
 from userspace_proxy.poller import LEVEL_IN, Poller
 from userspace_proxy.sockets.base import AF, Descriptors, Session, bind, claim
+from userspace_proxy.sockets.datagrams import COUNT, Inbox, Outbox, answering, ask_for_letterheads, sender
 from userspace_proxy.sockets.screen import screen
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 65535
-"""More than the largest payload (65,507 bytes over IPv4), so that nothing is ever truncated."""
-DATAGRAMS = 32
-"""Datagrams from clients in one turn of a service port."""
 RECEIVE_BUFFER = 4 * 1024 * 1024
 """Asked for on the socket all clients of a service port share; the kernel caps it at net.core.rmem_max."""
 SPARE = 64
@@ -43,26 +38,16 @@ SWEEP = 0.05
 """Seconds by which an idle flow may outstay its time-out."""
 
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_buffer = bytearray(LARGEST)
-_view = memoryview(_buffer)
-
-_IPV6_PKTINFO = 50
-_IPV6_RECVPKTINFO = 49
-_IP_PKTINFO = 8
-_ANCILLARY = socket.CMSG_SPACE(20)
-
-ClientAddress = tuple[typing.Any, ...]
-FlowKey = tuple[ClientAddress, bytes]
 
 
 class Flow:
     """One client's datagrams: a socket connected to the endpoint, watched for its replies."""
 
     __slots__ = (
-        "ancillary",
         "client",
         "endpoint",
         "generation",
+        "head",
         "key",
         "last",
         "owner",
@@ -73,11 +58,12 @@ class Flow:
         "sock",
     )
 
-    def __init__(self, owner: UDPSocket, key: FlowKey, ancillary: list[tuple[int, int, bytes]], now: float) -> None:
+    def __init__(self, owner: UDPSocket, key: bytes, now: float) -> None:
+        """`key`: the letterhead of its datagrams."""
         self.owner = owner
         self.key = key
-        self.client = key[0]
-        self.ancillary = ancillary
+        self.client = sender(key)
+        self.head = answering(key)
         self.since = self.last = now
         self.sock: SocketType | None = None
         self.endpoint: Address = ("", 0)
@@ -92,19 +78,21 @@ class Flow:
         sock = self.sock
         if sock is None:
             return
+        owner = self.owner
+        outbox = owner.shared.outbox_of(owner)
         try:
-            size = sock.recv_into(_buffer, 0, _DONTWAIT)
+            size = sock.recv_into(outbox.rooms[outbox.count], 0, _DONTWAIT)
         except BlockingIOError:
             return
         except OSError as error:
             # ICMP about an earlier datagram, delivered here. The flow lives on: the next datagram decides.
-            self.owner.note_refusal(self, error.errno or 0)
+            owner.note_refusal(self, error.errno or 0)
             return
-        if not self.replied and self.owner.balancer.ejected:
-            self.owner.balancer.succeeded(self.endpoint)
-        self.last = self.owner.shared.poller.clock()
+        if not self.replied and owner.balancer.ejected:
+            owner.balancer.succeeded(self.endpoint)
+        self.last = owner.shared.poller.clock()
         self.replied += 1
-        self.owner.reply(self, size)
+        outbox.put(self.head, size)
 
 
 class UDPSockets:
@@ -114,7 +102,12 @@ class UDPSockets:
 
     def __init__(self, poller: Poller, descriptors: Descriptors, *, idle_timeout: float, max_flows: int) -> None:
         self.poller = poller
+        self.inbox = Inbox()
         self.draining = False
+        self._outbox = Outbox()
+        self._replying: UDPSocket | None = None
+        """Whose replies are in the outbox."""
+        poller.at_end_of_batch(self._send_replies)
         self._on_idle: Callable[[], None] | None = None
         self._descriptors = descriptors
         self._idle_timeout = idle_timeout
@@ -165,6 +158,20 @@ class UDPSockets:
 
     def forget(self, udp_socket: UDPSocket) -> None:
         self._sockets.discard(udp_socket)
+
+    # -- replies
+
+    def outbox_of(self, udp_socket: UDPSocket) -> Outbox:
+        """Where to put one more reply to this one's clients."""
+        outbox = self._outbox
+        if outbox.count and (outbox.count == COUNT or self._replying is not udp_socket):
+            self._send_replies()
+        self._replying = udp_socket
+        return outbox
+
+    def _send_replies(self) -> None:
+        if self._outbox.count and self._replying is not None:
+            self._replying.reply(self._outbox)
 
     # -- flows
 
@@ -252,7 +259,8 @@ class UDPSocket:
         self.balancer = balancer
         self.metrics = metrics
         self.shared = shared
-        self.flows: dict[FlowKey, Flow] = {}
+        self.flows: dict[bytes, Flow] = {}
+        """By the letterhead of their datagrams."""
         self.adopted = False
         """Whether other processes hold the socket as well."""
         self._ip = ip
@@ -325,47 +333,42 @@ class UDPSocket:
         sock = self._sock
         if sock is None:
             return
+        try:
+            datagrams = self.shared.inbox.receive(sock)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # ICMP about a reply to some client that is gone, or no memory: it concerns no other client.
+            self._drop(error)
+            return
         now = self.shared.poller.clock()
-        for _ in range(DATAGRAMS):
-            try:
-                size, ancillary, _flags, client = sock.recvmsg_into((_buffer,), _ANCILLARY, _DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # ICMP about a reply to some client that is gone, or no memory: it concerns no other client.
-                self._drop(error)
-                return
-            local = ancillary[0][2] if ancillary else b""
-            flow = self.flows.get((client, local)) or self._new_flow(client, local, now)
+        for head, payload in datagrams:
+            flow = self.flows.get(head) or self._new_flow(head, now)
             if flow is not None:
                 flow.last = now
-                self._forward(flow, size)
+                self._forward(flow, payload)
 
-    def reply(self, flow: Flow, size: int) -> None:
-        """Send what lies in the buffer to the flow's client."""
-        sock = self._sock
-        if sock is None:
+    def reply(self, outbox: Outbox) -> None:
+        """Send what was put into the outbox to our clients."""
+        if self._sock is None:
+            outbox.count = 0
             return
-        try:
-            sock.sendmsg((_view[:size],), flow.ancillary, _DONTWAIT, flow.client)
-        except OSError as error:
-            self._drop(error)
-        else:
-            self.metrics.replied += 1
-            self.metrics.to_client += size
+        count, size = outbox.send(self._sock, self._drop)
+        self.metrics.replied += count
+        self.metrics.to_client += size
 
-    def _new_flow(self, client: ClientAddress, local: bytes, now: float) -> Flow | None:
+    def _new_flow(self, head: bytes, now: float) -> Flow | None:
         if self.shared.draining:
             return None
         if not self.shared.room():
             self.metrics.drops["no room for a flow"] += 1
             return None
-        flow = Flow(self, (client, local), _from_where_it_came(self.key.family, local), now)
+        flow = Flow(self, head, now)
         self.shared.add(flow)
         return flow
 
-    def _forward(self, flow: Flow, size: int) -> None:
-        """Send what lies in the buffer to the flow's endpoint, connecting it first where it has none (left)."""
+    def _forward(self, flow: Flow, payload: memoryview) -> None:
+        """Send a datagram to the flow's endpoint, connecting it first where it has none (left)."""
         balancer = self.balancer
         if (flow.refused or flow.generation != balancer.generation) and not self._settle(flow):
             return
@@ -374,7 +377,7 @@ class UDPSocket:
             if sock is None:
                 return
             try:
-                sock.send(_view[:size], _DONTWAIT)
+                sock.send(payload, _DONTWAIT)
             except ConnectionRefusedError:
                 # Old news: the kernel tells of an earlier datagram and has not sent this one. It goes to another
                 # endpoint if there is one, else to the same once more.
@@ -387,7 +390,7 @@ class UDPSocket:
             else:
                 flow.received += 1
                 self.metrics.received += 1
-                self.metrics.to_endpoint += size
+                self.metrics.to_endpoint += len(payload)
                 return
         self.metrics.drops["ECONNREFUSED"] += 1
 
@@ -441,33 +444,15 @@ class UDPSocket:
 
 def prepare(sock: SocketType) -> None:
     """Have the kernel tell which address a datagram was sent to, and keep many."""
-    if sock.family == socket.AF_INET:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-    else:
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+    ask_for_letterheads(sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-
-
-def _from_where_it_came(family: IPFamily, pktinfo: bytes) -> list[tuple[int, int, bytes]]:
-    """Control messages that make a reply leave from the address the datagram was sent to.
-
-    The interface is left to routing (0): naming the one it came by loses replies under NAT to loopback. Only
-    link-local IPv6 addresses mean nothing without it.
-    """
-    if not pktinfo:
-        return []
-    if family is IPFamily.IPV4:
-        return [(socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=I4s4s", 0, pktinfo[8:12], bytes(4)))]
-    link_local = pktinfo[0] == 0xFE and pktinfo[1] & 0xC0 == 0x80
-    interface = pktinfo[16:20] if link_local else bytes(4)
-    return [(socket.IPPROTO_IPV6, _IPV6_PKTINFO, pktinfo[:16] + interface)]
 
 
 def _describe(flow: Flow, now: float) -> Session:
     return Session(
         service_port=str(flow.owner.key.name),
         protocol=Protocol.UDP.value,
-        client=join_host_port(flow.client[0], flow.client[1]),
+        client=join_host_port(*flow.client),
         endpoint=join_host_port(*flow.endpoint),
         state="open",
         seconds=round(now - flow.since, 3),
