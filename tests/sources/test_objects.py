@@ -15,7 +15,7 @@ from userspace_proxy.model import (
     SessionAffinity,
     TrafficPolicy,
 )
-from userspace_proxy.sources.objects import Identity, Service, decode, identify, is_other_kind, unpack
+from userspace_proxy.sources.objects import MAX_PAIRS, Identity, Service, decode, identify, is_other_kind, unpack
 
 
 def service(**spec):
@@ -237,16 +237,43 @@ def test_a_slice_and_its_conditions():
     assert decode(value, "f").service == ("default", "web")
 
 
-def test_each_port_of_a_slice_has_each_address():
+def test_each_port_of_a_slice_has_each_endpoint():
     value = endpoint_slice(
         ports=[{"name": "a", "port": 1}, {"name": "b", "port": 2, "protocol": "UDP"}],
-        endpoints=[{"addresses": ["10.1.0.1", "10.1.0.2"]}],
+        endpoints=[{"addresses": ["10.1.0.1"]}, {"addresses": ["10.1.0.2"]}],
     )
     found = decode(value, "f").endpoints
     assert {name.port: [str(e) for e in listed] for name, listed in found.items()} == {
         "a": ["10.1.0.1:1", "10.1.0.2:1"],
         "b": ["10.1.0.1:2", "10.1.0.2:2"],
     }
+
+
+def test_of_an_endpoint_the_first_address_is_used_and_others_are_not_looked_at(caplog):
+    caplog.set_level("INFO")
+    assert only(endpoint_slice(endpoints=[{"addresses": ["10.1.0.1", "10.1.0.2", "::"]}])) == (
+        Endpoint("10.1.0.1", 8080),
+    )
+    (said,) = caplog.messages
+    assert said.startswith("EndpointSlice default/web-1.x: of 1 endpoints only the first address is used; write")
+
+
+@pytest.mark.parametrize("count", [MAX_PAIRS // 100, MAX_PAIRS // 100 + 1])
+def test_the_pairs_of_addresses_and_ports_are_limited(count):
+    ports = [{"name": f"p{i}", "port": 1 + i} for i in range(100)]
+    addresses = [f"10.1.{i >> 8}.{i & 255}" for i in range(count)]
+    a_slice = endpoint_slice(ports=ports, endpoints=[{"addresses": [ip]} for ip in addresses])
+    half = {"addresses": [{"ip": ip} for ip in addresses[::2]], "notReadyAddresses": [], "ports": ports}
+    other = {"addresses": [], "notReadyAddresses": [{"ip": ip} for ip in addresses[1::2]], "ports": ports}
+    for value, field in ((a_slice, "endpoints"), (endpoints(half, other), "subsets")):
+        if count * 100 <= MAX_PAIRS:
+            assert sum(map(len, decode(value, "f").endpoints.values())) == MAX_PAIRS
+        else:
+            (found,) = problems(value)
+            assert found == (
+                f"{field}: found {count * 100}; allowed: at most {MAX_PAIRS} pairs of an address and a port; "
+                "write several objects"
+            )
 
 
 def test_a_port_without_a_number_is_passed_over():

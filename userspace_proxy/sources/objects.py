@@ -55,6 +55,9 @@ NOT_OURS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/h
 """Labels that, with any value, take an object away from the node's default proxy."""
 
 MAX_AFFINITY_TIMEOUT = 86400
+MAX_PAIRS = 100_000
+"""Pairs of an address and a port in one object: the API documents 1,000 endpoints with 100 ports as the
+most. They are made between two turns of the data path."""
 
 SEND_PROXY = "userspace-proxy/send-proxy-protocol"
 ACCEPT_PROXY = "userspace-proxy/accept-proxy-protocol-from"
@@ -303,8 +306,11 @@ def _read_slice(
         check.refuse("addressType", family, "IPv4, IPv6")
     # A port without a number stands for all of them; there is none to send a client to, so it is passed over.
     ports = [port for port in check.ports("ports", decoded.ports or (), numbered=False) if port.port]
+    listed = decoded.endpoints or ()
+    if not _are_few("endpoints", len(listed) * len(ports), check):
+        return None
     by_port: dict[str, list[Endpoint]] = {port.name: [] for port in ports}
-    for i, endpoint in enumerate(decoded.endpoints or ()):
+    for i, endpoint in enumerate(listed):
         conditions = endpoint.conditions or Conditions()
         told = {
             "ready": conditions.ready is not False,
@@ -312,18 +318,37 @@ def _read_slice(
             "terminating": bool(conditions.terminating),
             **_read_whereabouts(endpoint, f"endpoints[{i}]", check),
         }
-        if not endpoint.addresses:
-            check.refuse(f"endpoints[{i}].addresses", endpoint.addresses, "at least one address")
-        for j, address in enumerate(endpoint.addresses or ()):
-            ip = check.endpoint_ip(f"endpoints[{i}].addresses[{j}]", address)
-            if ip and family in ("IPv4", "IPv6") and family_of(ip).value != family:
-                check.refuse(f"endpoints[{i}].addresses[{j}]", address, f"{family}, as addressType says")
-            for port in ports:
-                by_port[port.name].append(Endpoint(ip, port.port, **told))
+        ip = _read_address(endpoint, family, f"endpoints[{i}].addresses", check)
+        for port in ports:
+            by_port[port.name].append(Endpoint(ip, port.port, **told))
+    if further := sum(len(endpoint.addresses or ()) > 1 for endpoint in listed):
+        logger.info(
+            "%s: of %d endpoints only the first address is used; write others as endpoints of their own",
+            identity,
+            further,
+        )
     namespace = identity.namespace
     named = {ServicePortName(namespace, service, name): tuple(found) for name, found in by_port.items()}
     protocols = {ServicePortName(namespace, service, port.name): port.protocol for port in ports}
     return EndpointSet(identity, (namespace, service), named, protocols)
+
+
+def _are_few(field: str, pairs: int, check: Check) -> bool:
+    if pairs > MAX_PAIRS:
+        check.refuse(field, pairs, f"at most {MAX_PAIRS} pairs of an address and a port; write several objects")
+    return pairs <= MAX_PAIRS
+
+
+def _read_address(endpoint: SliceEndpointShape, family: Any, field: str, check: Check) -> str:
+    """The first, as kube-proxy takes it: what others mean is not defined."""
+    if not endpoint.addresses:
+        check.refuse(field, endpoint.addresses, "at least one address")
+        return ""
+    address = endpoint.addresses[0]
+    ip = check.endpoint_ip(f"{field}[0]", address)
+    if ip and family in ("IPv4", "IPv6") and family_of(ip).value != family:
+        check.refuse(f"{field}[0]", address, f"{family}, as addressType says")
+    return ip
 
 
 def _read_whereabouts(endpoint: SliceEndpointShape, field: str, check: Check) -> dict[str, Any]:
@@ -354,8 +379,12 @@ def _read_text(field: str, found: Any, check: Check) -> str:
 def _read_endpoints(decoded: EndpointsShape, identity: Identity, check: Check) -> EndpointSet:
     by_port: dict[str, list[Endpoint]] = {}
     protocols: dict[ServicePortName, Protocol] = {}
+    pairs = 0
     for i, subset in enumerate(decoded.subsets or ()):
         ports = check.ports(f"subsets[{i}].ports", subset.ports or ())
+        pairs += len(ports) * (len(subset.addresses or ()) + len(subset.not_ready_addresses or ()))
+        if not _are_few("subsets", pairs, check):
+            break
         protocols |= {ServicePortName(identity.namespace, identity.name, port.name): port.protocol for port in ports}
         for which, addresses, ready in (
             ("addresses", subset.addresses, True),
