@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import socket
 import subprocess
@@ -113,6 +114,13 @@ def test_the_config_file_is_written_with_what_was_set(tmp_path: Path) -> None:
     shown = command(f"--write-config-to={tmp_path}/missing/file")
     assert shown.returncode == 1
     assert f"--write-config-to='{tmp_path}/missing/file': No such file or directory" in shown.stderr
+
+
+def test_a_config_file_that_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    shown = command(f"--config={tmp_path}/fifo")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert f"--config='{tmp_path}/fifo': not a regular file; name a file that can be read" in shown.stderr
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:

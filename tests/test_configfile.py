@@ -112,3 +112,19 @@ def test_what_cannot_be_used_or_says_the_same_changes_nothing(file: Path, caplog
     asyncio.run(main())
     assert caplog.text.count("going on as before") == 2, "each is told once"
     assert caplog.text.count("says the same") == 1, "and nothing at the start"
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_any_more_is_not_waited_for(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with looking(file) as changed:
+            os.unlink(file)
+            os.mkfifo(file)
+            await until(lambda: "going on as before" in caplog.text)
+            assert f"--config='{file}': not a regular file" in caplog.text
+            os.unlink(file)
+            async with asyncio.timeout(10):
+                write(file, "udpIdleTimeout: 1s\n")
+                assert (await changed).udp_timeout == 1.0
+
+    asyncio.run(main())

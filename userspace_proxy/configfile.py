@@ -13,6 +13,7 @@ from pathlib import Path
 
 from userspace_proxy.config import Config
 from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class ConfigFile:
 
     def _read(self) -> bytes:
         try:
-            return self._path.read_bytes()
+            with open_regular(self._path) as opened:
+                return opened.read()
         except OSError:
             return b""
 

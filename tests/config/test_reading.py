@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -157,6 +158,15 @@ def test_a_file_that_cannot_be_read_is_the_one_problem(tmp_path, content, proble
     with pytest.raises(ConfigError) as caught:
         parse([M, f"--config={file}", "--iptables-sync-period=100ms"])
     assert caught.value.problems == (problem.format(file=file),)
+
+
+@pytest.mark.timeout(20)
+def test_a_file_is_not_waited_for(tmp_path):
+    file = tmp_path / "config.conf"
+    os.mkfifo(file)
+    with pytest.raises(ConfigError) as caught:
+        parse([M, f"--config={file}"])
+    assert caught.value.problems == (f"--config='{file}': not a regular file; name a file that can be read",)
 
 
 def test_fields_without_effect_are_told_where_they_differ_from_the_default(tmp_path):

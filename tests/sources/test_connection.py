@@ -414,6 +414,8 @@ def test_a_kubeconfig_that_is_none(tmp_path: Path, text: str, told: str) -> None
     file.write_text(text)
     assert told in problem(access(file))
     assert "No such file" in problem(access(tmp_path / "missing"))
+    os.mkfifo(tmp_path / "fifo")
+    assert "not a regular file" in problem(access(tmp_path / "fifo"))
 
 
 # -- the rate of requests

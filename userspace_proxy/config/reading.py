@@ -34,6 +34,7 @@ from userspace_proxy.config.table import (
 )
 from userspace_proxy.config.values import Address
 from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.files import open_regular
 
 if typing.TYPE_CHECKING:
     from userspace_proxy.config.document import Document
@@ -105,7 +106,8 @@ def _document(path: Path) -> Document:
     from userspace_proxy.config.document import Document, read_document  # here: YAML takes long to load
 
     try:
-        return read_document(path.read_text(encoding="utf-8"), str(path))
+        with open_regular(path) as opened:
+            return read_document(opened.read().decode(), str(path))
     except OSError as error:
         return Document(problems=[f"--config={str(path)!r}: {error.strerror}; name a file that can be read"])
     except UnicodeDecodeError as error:

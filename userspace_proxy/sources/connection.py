@@ -33,6 +33,7 @@ from kubernetes_asyncio.config.kube_config import load_kube_config
 
 from userspace_proxy import __version__
 from userspace_proxy.exceptions import APIError, ConfigError
+from userspace_proxy.files import open_regular
 from userspace_proxy.model import join_host_port
 from userspace_proxy.sources.documents import SyntaxProblem, read_yaml
 
@@ -280,7 +281,8 @@ def _files(kubeconfig: str) -> list[str]:
 
 def _parse(kubeconfig: str) -> dict[str, Any]:
     try:
-        documents = read_yaml(Path(kubeconfig).read_bytes())
+        with open_regular(kubeconfig) as opened:
+            documents = read_yaml(opened.read())
     except OSError as error:
         raise ConfigException(error.strerror) from None
     except SyntaxProblem as problem:

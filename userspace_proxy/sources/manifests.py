@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.files import open_regular
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources.base import Event, Publish
 from userspace_proxy.sources.documents import SyntaxProblem
@@ -250,12 +251,9 @@ def _is_of(file: str, path: Path) -> bool:
 
 
 def _slurp(file: str, known: _Stamp | None) -> tuple[bytes | None, _Stamp]:
-    """The file's bytes, or None where it is the one that is known. Not to wait in the opening of a FIFO."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as opened:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SyntaxProblem("found no regular file; allowed: a regular file or a link to one")
+    """The file's bytes, or None where it is the one that is known."""
+    with open_regular(file) as opened:
+        status = os.fstat(opened.fileno())
         stamp = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         if stamp == known:
             return None, stamp
