@@ -76,10 +76,11 @@ class Running:
         new.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
         new.rename(self.manifest)
 
-    def start(self, *flags: str) -> None:
+    def start(self, *flags: str, limit: int | None = None) -> None:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
+                    *(("prlimit", f"--nofile={limit}:{limit}") if limit else ()),
                     *(sys.executable, "-m", "userspace_proxy", "--manifests", str(self.manifest.parent)),
                     *("--capture=none", "--bind-address=127.0.0.1"),
                     *("--healthz-bind-address=127.0.0.1:0", "--metrics-bind-address=127.0.0.1:0", *flags),
@@ -213,3 +214,26 @@ def test_a_signal_while_it_drains_for_a_change_is_the_end(running: Running, tmp_
             running.process.send_signal(signal.SIGTERM)
             assert running.process.wait(20) == 0
     assert running.log().count("serving on http") == 2
+
+
+def balanced(number: int) -> dict[str, object]:
+    """A Service whose load balancer asks whether there are endpoints here."""
+    made = service(f"web{number}", f"127.96.1.{number}", [port(80)])
+    made["spec"] |= {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 31000 + number}
+    return made
+
+
+def test_health_checks_leave_descriptors_for_sessions(running: Running) -> None:
+    with Servers(echo) as endpoint:
+        found = endpoints("web1", [f"127.0.0.1:{endpoint.address[1]}"])
+        running.apply(*(balanced(number) for number in range(1, 161)), found)
+        running.start("--nodeport-addresses=127.0.0.1/32", limit=520)
+        # 264 descriptors for all that listens, 64 of them for who asks: no room for 160 of the one and of the other.
+        eventually(lambda: "no descriptors are left to listen on port 31" in running.log(), 20)
+        assert running.process is not None
+        assert len(os.listdir(f"/proc/{running.process.pid}/fd")) < 300
+        rows = json.loads(running.get("metrics", "/services"))
+        [proxy_port] = [row["proxyPort"] for row in rows if row["name"] == "web1" and row["state"] == "serving"]
+        with socket.create_connection(("127.0.0.1", proxy_port), 5) as client:
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"

@@ -64,7 +64,7 @@ def serving(
         port_range=PortRange(20000, 29999),
         nodeport_networks=networks,
         strangers=strangers,
-        most_descriptors=most_descriptors,
+        most_descriptors=lambda: most_descriptors,
         max_ejection=10.0,
         clock=time.monotonic,
         rng=random.Random(3),

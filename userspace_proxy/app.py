@@ -109,6 +109,7 @@ class App:
         self._source = source
         portals = _portal_sockets(config, self._data_path, capture.listens)
         limit = host.raise_descriptor_limit()
+        most = limit - min(2 * RESERVE, limit // 2)
         self._proxier = Proxier(
             capture,
             {**self._data_path.sockets, **portals},
@@ -119,13 +120,19 @@ class App:
             sync_period=config.iptables_sync_period,
             min_sync_period=config.iptables_min_sync_period,
             max_ejection=config.max_ejection_time,
-            after_sync=lambda: self._data_path.fit(
-                self._proxier.descriptors + sum(each.listeners for each in portals.values())
-            ),
-            most_descriptors=limit - min(2 * RESERVE, limit // 2),
+            after_sync=self._fit,
+            most_descriptors=lambda: most - self._health_checks.descriptors,
         )
+        self._portals = tuple(portals.values())
         self._supervisor = Supervisor(os.environ, os.getpid())
-        self._health_checks = HealthChecks(self._is_healthy, config.nodeport_addresses, self._no_health_check)
+        self._health_checks = HealthChecks(
+            self._is_healthy,
+            config.nodeport_addresses,
+            self._no_health_check,
+            period=config.iptables_sync_period,
+            most=lambda: most - self._proxier.descriptors,
+            held=self._fit,
+        )
 
     async def run(self) -> Config | None:
         """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now.
@@ -250,6 +257,11 @@ class App:
     def _publish(self, snapshot: Snapshot) -> None:
         self._proxier.publish(snapshot)
         self._health_checks.publish(snapshot)
+
+    def _fit(self) -> None:
+        """Sessions may have the descriptors that are not held otherwise."""
+        portals = sum(each.listeners for each in self._portals)
+        self._data_path.fit(self._proxier.descriptors + portals + self._health_checks.descriptors)
 
     def _no_health_check(self, checked: Checked, problem: str) -> None:
         """Load balancers will send this node no traffic of the Service."""

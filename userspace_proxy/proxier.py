@@ -107,7 +107,7 @@ class Proxier:
         sync_period: float = 30.0,
         min_sync_period: float = 1.0,
         max_ejection: float = 0.0,
-        most_descriptors: float = math.inf,
+        most_descriptors: Callable[[], float] = lambda: math.inf,
         after_sync: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,

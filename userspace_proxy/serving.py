@@ -118,7 +118,7 @@ class Serving:
         port_range: PortRange,
         nodeport_networks: Sequence[str],
         strangers: bool,
-        most_descriptors: float = math.inf,
+        most_descriptors: Callable[[], float] = lambda: math.inf,
         max_ejection: float,
         clock: Callable[[], float],
         rng: random.Random,
@@ -297,7 +297,7 @@ class Serving:
         metrics: ServicePortMetrics,
     ) -> ProxySocket:
         """Raises PortError."""
-        if self.descriptors >= self._most_descriptors:
+        if self.descriptors >= self._most_descriptors():
             raise PortError(
                 f"no proxy port: proxy sockets and node ports hold {self.descriptors} descriptors, and the others are "
                 "for connections; allow more (ulimit -n), or serve one family only (--bind-address)"

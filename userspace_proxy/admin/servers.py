@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -27,24 +27,23 @@ BACKLOG = 64
 RETRY = 5.0
 """Seconds between two tries to listen, kube-proxy's."""
 CONNECTIONS = 64
-"""At most, of a server. The address may be everybody's, and descriptors are wanted for the services' clients."""
+"""At most, of an application. The address may be everybody's, and descriptors are wanted for the services' clients."""
 GRACE = 1.0
 """Seconds that answers on their way have when the server ends."""
 
 
-class AdminServer:
-    """One address, one application.
+class Listener:
+    """One address, and whoever connects to it.
 
     `flag` names the flag that set the address, for messages, which close with `advice`. With `hard_fail` an address
-    that cannot be listened on ends `run`; otherwise `failed` is told and it is tried again every `retry` seconds, for
-    as long as `run` runs.
+    that cannot be listened on ends `accept`; otherwise `failed` is told and it is tried again every `retry` seconds,
+    for as long as `accept` runs.
     """
 
     def __init__(
         self,
         flag: str,
         address: tuple[str, int],
-        app: web.Application,
         *,
         hard_fail: bool,
         retry: float = RETRY,
@@ -55,23 +54,17 @@ class AdminServer:
         self._failed = failed
         self._flag = flag
         self._ip, self._port = address
-        self._app = app
         self._hard_fail = hard_fail
         self._retry = retry
         self.port = 0
         """The port listened on, whichever the kernel picked; 0 while there is none."""
         self.listening = asyncio.Event()
 
-    async def run(self) -> None:
-        """Serve until cancelled. Raises ConfigError if the address cannot be had and that is to be an error."""
-        runner = web.AppRunner(
-            self._app, access_log=None, keepalive_timeout=30, handle_signals=False, shutdown_timeout=GRACE
-        )
-        await runner.setup()
+    async def accept(self, server: web.Server) -> None:
+        """Have `server` answer until cancelled. Raises ConfigError where the address cannot be had and has to be."""
         try:
             sock = await self._listen()
-            assert runner.server is not None
-            accepting = await asyncio.get_running_loop().create_server(_with_room(runner.server), sock=sock)
+            accepting = await asyncio.get_running_loop().create_server(_with_room(server), sock=sock)
             self.port = sock.getsockname()[1]
             self.listening.set()
             logger.info("%s: serving on http://%s", self._flag, join_host_port(self._ip, self.port))
@@ -80,7 +73,6 @@ class AdminServer:
         finally:
             self.listening.clear()
             self.port = 0
-            await runner.cleanup()
 
     async def _listen(self) -> socket.socket:
         told = ""
@@ -98,6 +90,40 @@ class AdminServer:
                     logger.warning("%s; trying again every %g s", problem, self._retry)
                     self._failed(problem)
             await asyncio.sleep(self._retry)
+
+
+class AdminServer(Listener):
+    """One address, one application."""
+
+    def __init__(
+        self,
+        flag: str,
+        address: tuple[str, int],
+        app: web.Application,
+        *,
+        hard_fail: bool,
+        retry: float = RETRY,
+        failed: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        super().__init__(flag, address, hard_fail=hard_fail, retry=retry, failed=failed)
+        self._app = app
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises ConfigError if the address cannot be had and that is to be an error."""
+        async with answering(self._app) as server:
+            await self.accept(server)
+
+
+@contextlib.asynccontextmanager
+async def answering(app: web.Application) -> AsyncIterator[web.Server]:
+    """What answers for an application, wherever clients are taken. At the end it waits for no idle ones."""
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=30, handle_signals=False, shutdown_timeout=GRACE)
+    await runner.setup()
+    assert runner.server is not None
+    try:
+        yield runner.server
+    finally:
+        await runner.cleanup()
 
 
 def _with_room(server: web.Server) -> Callable[[], asyncio.Protocol]:
