@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from userspace_proxy.model import Endpoint, Protocol, ServicePort, ServicePortName, Snapshot
-from userspace_proxy.sources.objects import EndpointSet, Identity, Service
+from userspace_proxy.sources.endpoints import EndpointSet
+from userspace_proxy.sources.identity import Identity
+from userspace_proxy.sources.services import Service
 from userspace_proxy.sources.store import Refused, Store
 
 WEB = ServicePortName("default", "web", "http")

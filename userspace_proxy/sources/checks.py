@@ -1,7 +1,8 @@
 """What a field of a Kubernetes object may hold, and what is said of one that holds something else.
 
 One `Check` goes through one object and collects its problems, each as `field: found X; allowed: Y`, instead of
-raising at the first. Which fields an object has and what they mean is told in `sources.objects`.
+raising at the first. Which fields there are is told in `sources.shapes`, what they mean in `sources.services` and
+`sources.endpoints`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from userspace_proxy.sources.answers import ENDPOINT_SLICES, ENDPOINTS, SERVICES
 from userspace_proxy.sources.base import Event, Publish
 from userspace_proxy.sources.connection import Connection
 from userspace_proxy.sources.events import Events
-from userspace_proxy.sources.objects import Identity, decode, identify
+from userspace_proxy.sources.identity import Identity, identify
+from userspace_proxy.sources.objects import decode
 from userspace_proxy.sources.reflector import Reflector
 from userspace_proxy.sources.saved import SavedState
 from userspace_proxy.sources.store import Object, Refused, Store

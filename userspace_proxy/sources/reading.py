@@ -18,7 +18,8 @@ import msgspec
 
 from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.sources.documents import Document, SyntaxProblem, read_json, read_yaml
-from userspace_proxy.sources.objects import decode, identify, is_other_kind, unpack
+from userspace_proxy.sources.identity import identify, is_other_kind, unpack
+from userspace_proxy.sources.objects import decode
 from userspace_proxy.sources.store import Object, Refused
 
 Known = Mapping[bytes, tuple[Object, ...]]

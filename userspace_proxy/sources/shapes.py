@@ -1,7 +1,8 @@
 """The shapes of the Kubernetes objects that say something to a proxy, and of these the fields that matter to one.
 
 They give the shape only. Their leaves are `Any`, because a typed leaf would end the decoding at the first mistake, and
-people want to hear of all of them at once. What the fields mean, and which values are refused, is in `sources.objects`.
+people want to hear of all of them at once. What the fields mean, and which values are refused, is in
+`sources.services` and `sources.endpoints`.
 """
 
 from __future__ import annotations

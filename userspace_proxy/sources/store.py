@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from userspace_proxy.model import Endpoint, Node, ServicePort, ServicePortName, Snapshot
-from userspace_proxy.sources.objects import EndpointSet, Identity, Service
+from userspace_proxy.sources.endpoints import EndpointSet
+from userspace_proxy.sources.identity import Identity
+from userspace_proxy.sources.services import Service
 
 Object = Service | EndpointSet
 _ServiceKey = tuple[str, str]
