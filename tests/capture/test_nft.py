@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.capture.conversation import node_port, redirect
 from userspace_proxy.capture import nft
 from userspace_proxy.capture.netlink import Netlink
-from userspace_proxy.capture.rules import Scope
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.model import IPFamily, Portal, PortalKind, Protocol, Redirect, ServicePortName
 
 V4, V6 = IPFamily.IPV4, IPFamily.IPV6

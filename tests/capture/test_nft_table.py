@@ -14,7 +14,7 @@ import pytest
 from tests.capture.conversation import many, node_port, redirect
 from userspace_proxy.capture import nft
 from userspace_proxy.capture.nft_table import FamilyTable, remove
-from userspace_proxy.capture.rules import Scope
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.model import IPFamily, Protocol
 
 pytestmark = pytest.mark.privileged
@@ -124,7 +124,7 @@ def test_a_kernel_that_refuses_leaves_what_was(table, monkeypatch):
 SCRIPT = """
 from tests.capture.conversation import many
 from userspace_proxy.capture.nft_table import FamilyTable
-from userspace_proxy.capture.rules import Scope
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.model import IPFamily
 table = FamilyTable(Scope(IPFamily.IPV4, "0.0.0.0"))
 table.open()

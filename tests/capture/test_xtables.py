@@ -21,7 +21,9 @@ from tests.capture.conversation import (
 )
 from tests.netns import eventually
 from userspace_proxy.capture import rules, xtables
+from userspace_proxy.capture.changes import ChainChange, TableChange, compare
 from userspace_proxy.capture.messages import Close, Replace
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.model import IPFamily, Protocol
 
 pytestmark = pytest.mark.privileged
@@ -44,7 +46,7 @@ def mixed(family):
 
 
 def rendered(redirects, family, bind="", cidrs=(), inside=()):
-    scope = rules.Scope(family, bind or family.wildcard, cidrs, inside)
+    scope = Scope(family, bind or family.wildcard, cidrs, inside)
     tables = rules.render(redirects, scope).values()
     return {chain: list(texts) for table in tables for chain, texts in table.chains.items()}
 
@@ -175,7 +177,7 @@ def test_a_lock_that_the_programs_cannot_get_is_not_blamed_on_the_rules(node, tm
     path = tmp_path / "xtables.lock"
     monkeypatch.setenv("XTABLES_LOCKFILE", str(path))
     monkeypatch.setattr(xtables, "_LOCK_WAIT", 1)
-    change = rules.compare({}, rules.HOLD_ONLY["filter"], rules.OWNED["filter"])
+    change = compare({}, rules.HOLD_ONLY["filter"], rules.OWNED["filter"])
     with node.entered(), path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(xtables.XtablesError) as caught:
@@ -184,9 +186,7 @@ def test_a_lock_that_the_programs_cannot_get_is_not_blamed_on_the_rules(node, tm
 
 
 def test_rules_that_are_refused_change_nothing(node):
-    bad = rules.TableChange(
-        chains=(rules.ChainChange("KUBE-PORTALS-HOST", ("-d 10.0.0.300 -j ACCEPT",), exists=False),)
-    )
+    bad = TableChange(chains=(ChainChange("KUBE-PORTALS-HOST", ("-d 10.0.0.300 -j ACCEPT",), exists=False),))
     with node.entered(), pytest.raises(xtables.Refused, match=r"10\.0\.0\.300"):
         xtables.Programs(IPFamily.IPV4).write("nat", bad)
     assert chains_of(node, IPFamily.IPV4) == {}

@@ -46,7 +46,8 @@ from userspace_proxy.capture.nft_expressions import (
     to_this_host,
     translate,
 )
-from userspace_proxy.capture.rules import Network, Scope, comment_of
+from userspace_proxy.capture.rules import comment_of
+from userspace_proxy.capture.scope import Network, Scope
 from userspace_proxy.model import IPFamily, Protocol, Redirect
 
 TABLE = "userspace-proxy"

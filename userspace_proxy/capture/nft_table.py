@@ -19,7 +19,7 @@ from userspace_proxy.capture.base import Changes
 from userspace_proxy.capture.conntrack import Place
 from userspace_proxy.capture.netlink import Netlink
 from userspace_proxy.capture.nft import Key, Value
-from userspace_proxy.capture.rules import Scope
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.capture.upkeep import Upkeep, flush
 from userspace_proxy.model import IPFamily, Redirect
 

@@ -23,7 +23,7 @@ from userspace_proxy.capture import nft
 from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.capture.netlink import Netlink
 from userspace_proxy.capture.nft_table import NETLINK_NETFILTER, FamilyTable, remove
-from userspace_proxy.capture.rules import Scope
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
 from userspace_proxy.model import IPFamily, Protocol, Redirect, family_of
 

@@ -19,10 +19,12 @@ from collections.abc import Sequence
 import msgspec
 
 from userspace_proxy.capture import rules
+from userspace_proxy.capture.changes import count_changes
 from userspace_proxy.capture.conntrack import Place
 from userspace_proxy.capture.messages import Ask, Change, Cleanup, Close, Open, Replace, Reply, Request, Withdraw
 from userspace_proxy.capture.routes import Routes
-from userspace_proxy.capture.rules import Ruleset, Scope, TableRules
+from userspace_proxy.capture.rules import Ruleset, TableRules
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.capture.upkeep import Upkeep, flush
 from userspace_proxy.capture.xtables import Refused, Tables, XtablesError
 from userspace_proxy.model import IPFamily, Redirect
@@ -90,7 +92,7 @@ class FamilyCapture:
         self._captured = wanted
         # Unchanged redirects are what the periodic sync brings: time to look at every address again.
         notes = self._upkeep.follow(gone, new, thoroughly=not (gone or new))
-        counts = [rules.count_changes(before[table], self._left[table]) for table in _TABLES]
+        counts = [count_changes(before[table], self._left[table]) for table in _TABLES]
         return Reply(
             added=sum(added for added, _ in counts),
             removed=sum(removed for _, removed in counts),

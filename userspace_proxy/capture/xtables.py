@@ -27,7 +27,9 @@ import typing
 from collections.abc import Iterator
 
 from userspace_proxy.capture import rules
-from userspace_proxy.capture.rules import ChainChange, Chains, Ruleset, Scope, TableChange, TableRules
+from userspace_proxy.capture.changes import ChainChange, TableChange, compare, count_damage, restore_script
+from userspace_proxy.capture.rules import Chains, Ruleset, TableRules
+from userspace_proxy.capture.scope import Scope
 from userspace_proxy.model import IPFamily
 
 _LOCK_WAIT = 5.0
@@ -71,7 +73,7 @@ class Programs:
 
     def write(self, table: str, change: TableChange) -> None:
         os.close(_open_lock_file())  # which tells the programs of ours, where the one of all is not for us
-        script = rules.restore_script(table, change)
+        script = restore_script(table, change)
         self._run([self._restore, "--noflush", "--wait", str(int(_LOCK_WAIT))], script)
 
     def _run(self, command: list[str], text: str = "") -> str:
@@ -301,9 +303,9 @@ class Tables:
     def _try(self, way: Way, wanted: TableRules) -> None:
         owned = {rules.PROBE}
         with _locked() if way is self._library else contextlib.nullcontext():
-            way.write("nat", rules.compare(way.read("nat"), wanted, owned))
+            way.write("nat", compare(way.read("nat"), wanted, owned))
             found = way.read("nat")
-            way.write("nat", rules.compare(found, TableRules(), owned))
+            way.write("nat", compare(found, TableRules(), owned))
         # Had it written something else than it was told, every sync would write it again.
         for written, read in zip(wanted.chains[rules.PROBE], found.get(rules.PROBE, ()), strict=True):
             if written != read:
@@ -323,8 +325,8 @@ class Tables:
                 actual = rules.as_read(left)
             else:
                 actual = self.ways[0].read(table) if wanted[table].chains else self.read(table)
-            damage = rules.count_damage(actual, left)
-            change = rules.compare(actual, wanted[table], owned)
+            damage = count_damage(actual, left)
+            change = compare(actual, wanted[table], owned)
             if not change:
                 return damage
             if self._library and (change.size <= _FEW or not self._programs):
