@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-import logging
 import math
 import random
 import socket
@@ -34,7 +33,7 @@ from userspace_proxy.model import (
 )
 from userspace_proxy.plan import LocalPort
 from userspace_proxy.poller import Poller
-from userspace_proxy.serving import Problems, Serving
+from userspace_proxy.serving import Serving
 from userspace_proxy.sockets.base import Descriptors
 from userspace_proxy.sockets.tcp import TCPSockets
 from userspace_proxy.sockets.udp import UDPSockets
@@ -77,63 +76,18 @@ def serving(
     poller.close()
 
 
-def test_trouble_is_logged_when_it_is_new_and_kept_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
-    problems = Problems()
-    for _ in range(3):
-        problems.begin([NAME])
-        problems.note(KEY, "no port")
-        problems.note(KEY, "no port")
-        assert problems.of(KEY) == ["no port"]
-    problems.begin([])
-    assert problems.of(KEY) == ["no port"], "another's round"
-    problems.begin([NAME])
-    assert not problems.of(KEY)
-    assert not len(problems)
-    problems.begin([NAME])
-    problems.note(KEY, "no port")
-    assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2, "once at first, once after it had passed"
-
-
-@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP])
-def test_a_node_port_is_claimed_on_the_addresses_that_serve_it(run: Run, protocol: Protocol) -> None:
-    kind = socket.SOCK_STREAM if protocol is Protocol.TCP else socket.SOCK_DGRAM
-
-    async def main() -> None:
-        with serving(networks=("127.0.0.2/31",)) as made:
-            place = LocalPort(V4, protocol, 30201)
-            assert made.claim(place, ("127.0.0.2", "127.0.0.3", "::1"), KEY)
-            assert made.descriptors == 2
-            with socket.socket(socket.AF_INET, kind) as other:
-                other.bind(("127.0.0.1", 30201))  # nobody's address for node ports
-            for ip in ("127.0.0.2", "127.0.0.3"):
-                with socket.socket(socket.AF_INET, kind) as other, pytest.raises(OSError, match="in use"):
-                    other.bind((ip, 30201))
-            made.unclaim(place)
-            assert made.descriptors == 0
-
-    run(main())
-
-
-def test_a_claim_that_fails_half_way_holds_nothing(run: Run) -> None:
-    async def main() -> None:
-        with serving(networks=("127.0.0.2/31",)) as made, socket.socket() as other:
-            other.bind(("127.0.0.3", 30202))
-            assert not made.claim(LocalPort(V4, Protocol.TCP, 30202), ("127.0.0.2", "127.0.0.3"), KEY)
-            assert made.descriptors == 0
-            [problem] = made.problems.of(KEY)
-            assert "node port *:30202/TCP (IPv4) is in use on this host: 127.0.0.3:30202" in problem
-
-    run(main())
-
-
 def test_a_node_port_that_we_have_as_proxy_port_is_told_as_ours(run: Run) -> None:
     async def main() -> None:
         with serving() as made:
             assert made.open(KEY, TCP, ())
             port = made.served[KEY].socket.port
-            assert not made.claim(LocalPort(V4, Protocol.TCP, port), (), KEY)
+            addresses = await made.claims.addresses()
+            assert not made.claims.hold(LocalPort(V4, Protocol.TCP, port), addresses, KEY)
             [problem] = made.problems.of(KEY)
             assert f"by this proxy, as the proxy port of {NAME}: keep" in problem
+            assert made.claims.hold(LocalPort(V4, Protocol.UDP, port), addresses, KEY), "which has ports of its own"
+            assert made.descriptors == 2
+            assert made.problems.of(KEY) == [problem]
 
     run(main())
 

@@ -22,10 +22,9 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from userspace_proxy import host
 from userspace_proxy.capture.base import Capture
 from userspace_proxy.captured import Captured
 from userspace_proxy.config import PortRange
@@ -117,7 +116,6 @@ class Proxier:
         self._captured = Captured(capture, metrics)
         self._protocols = tuple(sockets)
         self._metrics = metrics
-        self._nodeport_networks = nodeport_networks
         self._sync_period = sync_period
         self._min_sync_period = min_sync_period
         self._after_sync = after_sync
@@ -274,13 +272,14 @@ class Proxier:
     ) -> Decision:
         """What to do about these service ports and their neighbours. Changes nothing that a sync has not for itself."""
         part = self._neighbours.update(names, services)
+        claims = self._serving.claims
         if everything:
-            held = {place.portal.place for place in self._serving.claims}
+            held = {place.portal.place for place in claims}
             part = Part(part.names, part.places | held | self._captured.redirects.keys())
         found = [redirect for place in part.places if (redirect := self._captured.redirects.get(place))]
         have = State(
             {key: self._serving.served[key].service.protocol for key in self._serving.keys(part.names)},
-            {local for place in part.places if (local := LocalPort.of(place)) in self._serving.claims},
+            {local for place in part.places if (local := LocalPort.of(place)) and local in claims},
             {redirect.portal: self._serving.target(redirect) for redirect in found},
         )
         concerned = {name: services[name] for name in sorted(part.names) if name in services}
@@ -288,8 +287,8 @@ class Proxier:
         if not (self._capture.rewrites_destination or self._capture.listens):
             want = State(want.sockets)
         elif self._capture.listens:  # who listens at a node port need not claim it
-            claims = {place for place in want.claims if place.protocol not in self._capture.listens}
-            want = State(want.sockets, claims, want.redirects)
+            claimed = {place for place in want.claims if place.protocol not in self._capture.listens}
+            want = State(want.sockets, claimed, want.redirects)
         return Decision(part, have, want, problems, plan(have, want))
 
     async def _recognise_ourselves(self, *, anew: bool = False) -> None:
@@ -304,7 +303,8 @@ class Proxier:
             node_ports.update(service.health_check_node_port for service in snapshot.services.values())
         unopened: set[SocketKey] = set()
         unclaimed: dict[LocalPort, SocketKey] = {}
-        addresses = await self._nodeport_addresses(decision.steps)
+        claiming = any(isinstance(step, Claim) for step in decision.steps)
+        addresses = await serving.claims.addresses() if claiming else ()
         for number, step in enumerate(decision.steps, 1):
             match step:
                 case Open(key, _):
@@ -312,13 +312,13 @@ class Proxier:
                         unopened.add(key)
                 case Claim(place):
                     owner = want.redirects[place.portal]
-                    if not serving.claim(place, addresses, owner):
+                    if not serving.claims.hold(place, addresses, owner):
                         unclaimed[place] = owner
                 case Replace():
                     if not await self._replace(decision.part, without(step, unopened, unclaimed).redirects):
                         return False
                 case Unclaim(place):
-                    serving.unclaim(place)
+                    serving.claims.release(place)
                 case Close(key):
                     serving.close(key)
             if number % STEPS_AT_ONCE == 0:
@@ -326,12 +326,6 @@ class Proxier:
         self._unmet -= decision.part.names
         self._unmet |= {key.name for key in (*unopened, *unclaimed.values())}
         return self._captured.known or await self._captured.repair()
-
-    async def _nodeport_addresses(self, steps: Iterable[Step]) -> tuple[str, ...]:
-        """The addresses node ports are claimed on where --nodeport-addresses says so; else none, for all."""
-        if not self._nodeport_networks or not any(isinstance(step, Claim) for step in steps):
-            return ()
-        return await asyncio.to_thread(host.local_addresses, self._nodeport_networks)
 
     async def _replace(self, part: Part, portals: Mapping[Portal, SocketKey]) -> bool:
         """Make these the redirects of a part. Sockets admit what is new before, and what is gone until after.

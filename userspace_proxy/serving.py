@@ -1,8 +1,8 @@
-"""The proxy sockets that are open, their balancers and endpoints, and the node ports that are held.
+"""The proxy sockets that are open, their balancers and endpoints.
 
 Each method is one step, carried out at once and without waiting; what goes wrong is noted with the service port
-that it concerns and stops no other. When which step is due is decided in `plan` and by `proxier`, who also asks
-the capture for traffic. What a socket does with its clients is in `sockets`.
+that it concerns (`problems`) and stops no other. When which step is due is decided in `plan` and by `proxier`, who
+also asks the capture for traffic. Node ports are held by `claims`; what a socket does with its clients is in `sockets`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import errno
 import logging
 import math
 import random
-import socket
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy import host
+from userspace_proxy.claims import Claims
 from userspace_proxy.config import PortRange
 from userspace_proxy.exceptions import PortError, ProtocolUnavailable
 from userspace_proxy.loadbalancer import LoadBalancer
@@ -35,14 +35,14 @@ from userspace_proxy.model import (
     ServicePortName,
     SocketKey,
     changed,
-    family_of,
     inside,
     join_host_port,
 )
 from userspace_proxy.plan import LocalPort, OwnPlaces
 from userspace_proxy.policy import NOWHERE, eligible, is_silent, sources
 from userspace_proxy.ports import ProxyPorts
-from userspace_proxy.sockets.base import ProxySocket, ProxySockets, claim
+from userspace_proxy.problems import Problems
+from userspace_proxy.sockets.base import ProxySocket, ProxySockets
 
 logger = logging.getLogger(__name__)
 
@@ -54,42 +54,6 @@ TRIES = 256
 
 _PORT_IS_NOT_OURS = frozenset({errno.EADDRINUSE, errno.EACCES})
 _EXTERNAL = (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP)
-_KIND = {
-    Protocol.TCP: (socket.SOCK_STREAM, 0),
-    Protocol.UDP: (socket.SOCK_DGRAM, 0),
-    Protocol.SCTP: (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
-}
-
-
-class Problems:
-    """What is wrong with which service port; logged when it is new, kept for /services while it lasts.
-
-    Of the keys the scope does not matter: what is wrong concerns the service port in its family.
-    """
-
-    def __init__(self) -> None:
-        self._now: dict[SocketKey, list[str]] = {}
-        self._before: dict[SocketKey, list[str]] = {}
-
-    def __len__(self) -> int:
-        return len(self._now)
-
-    def begin(self, names: Iterable[ServicePortName]) -> None:
-        """A new round for these service ports: what is not noted again has passed."""
-        keys = (SocketKey(name, family) for name in names for family in IPFamily)
-        self._before = {key: self._now.pop(key) for key in keys if key in self._now}
-
-    def note(self, key: SocketKey, message: str) -> None:
-        key = key.base
-        found = self._now.setdefault(key, [])
-        if message in found:
-            return
-        found.append(message)
-        if message not in self._before.get(key, ()):
-            logger.warning("%s: %s", key.name, message)
-
-    def of(self, key: SocketKey) -> list[str]:
-        return list(self._now.get(key.base, ()))
 
 
 @dataclass(slots=True)
@@ -125,12 +89,10 @@ class Serving:
     ) -> None:
         self.problems = Problems()
         self.served: dict[SocketKey, Served] = {}
-        self.claims: dict[LocalPort, list[socket.socket]] = {}
-        self._claim_sockets = 0
+        self.claims = Claims(nodeport_networks, self.problems, self._at)
         self._sockets = sockets
         self._metrics = metrics
         self._bind = bind
-        self._nodeport_networks = nodeport_networks
         self._strangers = strangers
         self._most_descriptors = most_descriptors
         self._max_ejection = max_ejection
@@ -280,6 +242,13 @@ class Serving:
         logger.info("%s: opened on proxy port %d/%s for %s", key.name, proxy_socket.port, protocol, where)
         return True
 
+    def _at(self, place: LocalPort) -> SocketKey | None:
+        """Whose proxy port this is."""
+        key = self._by_port.get(place.port)
+        if key is None or (key.family, self.served[key].service.protocol) != (place.family, place.protocol):
+            return None
+        return key
+
     def _scopes(self, key: SocketKey) -> Iterator[Served]:
         """All open sockets of a service port in a family; they count together."""
         return (self.served[each] for each in self._keys.get(key.name, ()) if each.base == key.base)
@@ -336,42 +305,6 @@ class Serving:
         self._drop_metrics(key)
         logger.info("%s: closed proxy port %d/%s", key.name, served.socket.port, served.service.protocol)
 
-    # -- node ports
-
-    def claim(self, place: LocalPort, addresses: Sequence[str], owner: SocketKey) -> bool:
-        """Hold a node port, on `addresses` where only some networks serve node ports; what fails is told its owner."""
-        kind, number = _KIND[place.protocol]
-        if place.protocol is Protocol.SCTP and host.sctp():
-            return False  # which its owner has been told, as it has no proxy socket either
-        held: list[socket.socket] = []
-        ips = [ip for ip in addresses if family_of(ip) is place.family]
-        try:
-            for ip in ips if self._nodeport_networks else [place.family.wildcard]:
-                held += [claim(place.family, kind, ip, place.port, protocol=number)]
-        except (PortError, OSError) as error:
-            for sock in held:
-                sock.close()
-            self.problems.note(
-                owner, f"node port {place} is in use on this host: {self._ours(place) or error}; end what uses it"
-            )
-            return False
-        self.claims[place] = held
-        self._claim_sockets += len(held)
-        return True
-
-    def _ours(self, place: LocalPort) -> str:
-        """What to say where it is this proxy that uses the port."""
-        for key, served in self.served.items():
-            if (key.family, served.service.protocol, served.socket.port) == (place.family, place.protocol, place.port):
-                return f"by this proxy, as the proxy port of {key.name}: keep --proxy-port-range and node ports apart"
-        return ""
-
-    def unclaim(self, place: LocalPort) -> None:
-        held = self.claims.pop(place)
-        self._claim_sockets -= len(held)
-        for sock in held:
-            sock.close()
-
     # -- all of them
 
     def purge(self) -> None:
@@ -390,13 +323,12 @@ class Serving:
     def close_all(self) -> None:
         for key in list(self.served):
             self.close(key)
-        for place in list(self.claims):
-            self.unclaim(place)
+        self.claims.close()
 
     @property
     def descriptors(self) -> int:
         """Held by proxy sockets and claims."""
-        return len(self.served) + self._claim_sockets
+        return len(self.served) + self.claims.descriptors
 
     def report(self, services: Mapping[ServicePortName, ServicePort]) -> list[dict[str, object]]:
         """Every service port and what became of it."""

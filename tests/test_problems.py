@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from userspace_proxy.model import IPFamily, ServicePortName, SocketKey
+from userspace_proxy.problems import Problems
+
+NAME = ServicePortName("default", "web", "http")
+KEY = SocketKey(NAME, IPFamily.IPV4)
+
+
+def test_trouble_is_logged_when_it_is_new_and_kept_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    problems = Problems()
+    for _ in range(3):
+        problems.begin([NAME])
+        problems.note(KEY, "no port")
+        problems.note(KEY, "no port")
+        assert problems.of(KEY) == ["no port"]
+    problems.begin([])
+    assert problems.of(KEY) == ["no port"], "another's round"
+    problems.begin([NAME])
+    assert not problems.of(KEY)
+    assert not len(problems)
+    problems.begin([NAME])
+    problems.note(KEY, "no port")
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2, "once at first, once after it had passed"
