@@ -28,7 +28,7 @@ from userspace_proxy.model import (
     SessionAffinity,
     SocketKey,
 )
-from userspace_proxy.sockets import tcp
+from userspace_proxy.sockets import listening
 from userspace_proxy.sockets.base import bind
 from userspace_proxy.sockets.path import RelaySettings
 from userspace_proxy.workers.channel import Channel
@@ -71,8 +71,8 @@ class Control:
                 start_new_session=True,
             )
         self.listener = bind(IPFamily.IPV4, socket.SOCK_STREAM, "127.0.0.1", 21000 + os.getpid() % 8000)
-        tcp.prepare(self.listener)
-        tcp.listen(self.listener)
+        listening.prepare(self.listener)
+        listening.listen(self.listener)
         self.told: list[ToControl] = []
         self._numbers = itertools.count(1)
         self._runner = asyncio.Runner()
@@ -198,9 +198,9 @@ def test_a_listener_that_is_shut_down_meanwhile_is_no_trouble(control: Control, 
     control.tell(*served(endpoint))
     with control.connect() as client:
         assert answered(client)
-        tcp.stop_listening(control.listener)
+        listening.stop_listening(control.listener)
         assert answered(client)
-        tcp.listen(control.listener)
+        listening.listen(control.listener)
         with control.connect() as other:
             assert answered(other)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 import typing
 from collections.abc import Callable, Collection, Sequence
 
@@ -24,6 +25,10 @@ from userspace_proxy.model import IPFamily, Portal, Protocol, ProxyProtocol, Soc
 
 RESERVE = 128
 """Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
+
+ABORT_ON_CLOSE = struct.pack("ii", 1, 0)
+CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
+"""Values of SO_LINGER."""
 
 _SO_BINDTOIFINDEX = 62
 _NO_INTERFACE = 0x7FFFFFFF

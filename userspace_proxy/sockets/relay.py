@@ -3,7 +3,7 @@
 A `Relay` is two `Direction`s, each with its own end of file. A direction reads its source into one buffer
 that all share and sends to its sink at once; what the sink does not take waits as `pending`, and nothing
 more is read until it is gone: that is the whole of the back-pressure, and the bound on memory. A direction
-that keeps filling the buffer is bulk and is spliced instead, through a pipe borrowed while it lasts.
+that keeps filling the buffer is bulk and is spliced instead, through one of the `pipes` borrowed while it lasts.
 
 The rules on endings, which all of the code below serves:
 
@@ -17,23 +17,19 @@ How connections come to be is in `tcp` (accepting) and `dial`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Callable
 from socket import SocketType
 from typing import ClassVar
 
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.poller import ERR, HUP, IN, OUT, PRI, RDHUP, Poller
-from userspace_proxy.sockets.base import Descriptors
+from userspace_proxy.sockets.base import CLOSE_IN_ORDER
+from userspace_proxy.sockets.pipes import PIPE_SIZE, Pipe, Pipes
 
 BUFFER_SIZE = 128 * 1024
-PIPE_SIZE = 1024 * 1024
-POOLED_PIPES = 16
 BULK_READS = 4
 """Full buffers in a row that make a direction bulk."""
 ROUNDS = 16
@@ -50,60 +46,9 @@ READABLE = IN | _MORE
 _WRITABLE = OUT | ERR | HUP
 _SPLICE_FLAGS = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK; never MORE, which holds back the last segment
 
-ABORT_ON_CLOSE = struct.pack("ii", 1, 0)
-CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
-
 _LOST = frozenset(
     (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENETRESET)
 )
-
-
-class Pipe:
-    """A pipe, and how many bytes lie in it."""
-
-    __slots__ = ("held", "read_fd", "write_fd")
-
-    def __init__(self) -> None:
-        self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.held = 0
-        with contextlib.suppress(OSError):  # the user's share of pipe memory is used up: the default size works too
-            fcntl.fcntl(self.write_fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-
-    def close(self) -> None:
-        os.close(self.read_fd)
-        os.close(self.write_fd)
-
-
-class Pipes:
-    """The pool of pipes. One that was left with bytes in it is closed, never lent again."""
-
-    def __init__(self, descriptors: Descriptors) -> None:
-        self._descriptors = descriptors
-        self._idle: list[Pipe] = []
-
-    def borrow(self) -> Pipe | None:
-        """None where no descriptor is left for it: splicing is an optimisation, not a need."""
-        if self._idle:
-            return self._idle.pop()
-        if not self._descriptors.take(2):
-            return None
-        try:
-            return Pipe()
-        except OSError:
-            self._descriptors.give(2)
-            return None
-
-    def give_back(self, pipe: Pipe) -> None:
-        if pipe.held or len(self._idle) >= POOLED_PIPES:
-            pipe.close()
-            self._descriptors.give(2)
-        else:
-            self._idle.append(pipe)
-
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-            self._descriptors.give(2)
 
 
 class Direction:

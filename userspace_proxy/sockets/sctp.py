@@ -27,10 +27,11 @@ from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
 from userspace_proxy.model import IPFamily, Protocol, ProxyProtocol, SocketKey
 from userspace_proxy.poller import Poller
-from userspace_proxy.sockets.base import AF, Descriptors, bind
+from userspace_proxy.sockets.base import ABORT_ON_CLOSE, AF, CLOSE_IN_ORDER, Descriptors, bind
 from userspace_proxy.sockets.dial import Dialer
-from userspace_proxy.sockets.relay import ABORT_ON_CLOSE, CLOSE_IN_ORDER, READABLE, TURN, Direction, Relay
-from userspace_proxy.sockets.tcp import BACKLOG, TCPSocket, TCPSockets
+from userspace_proxy.sockets.listening import BACKLOG
+from userspace_proxy.sockets.relay import READABLE, TURN, Direction, Relay
+from userspace_proxy.sockets.tcp import TCPSocket, TCPSockets
 
 MAX_MESSAGE = 1 << 20
 """Bytes. A longer one ends its association, since it would have to be kept whole."""

@@ -2,10 +2,8 @@
 
 A `TCPSocket` is one service port: its proxy port, listened on while there are endpoints.
 `TCPSockets` is what they all share: the pipes, the descriptors, and every live connection, since those
-outlive their sockets. Between accepting and relaying lies `dial`; the bytes are `relay`'s.
-
-Options are set on the listener, whose accepted sockets inherit them: no delay, keep-alive, and the
-linger that makes a reset of every end that is not in order.
+outlive their sockets. Between accepting and relaying lies `dial`; the bytes are `relay`'s. What a listener is told
+is in `listening`.
 """
 
 from __future__ import annotations
@@ -24,18 +22,18 @@ from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
 from userspace_proxy.model import Address, IPFamily, Portal, Protocol, ProxyProtocol, SocketKey, join_host_port
 from userspace_proxy.poller import EDGE_IN, Poller
 from userspace_proxy.proxyprotocol import Header
-from userspace_proxy.sockets.base import AF, Descriptors, Session, bind
+from userspace_proxy.sockets.base import ABORT_ON_CLOSE, AF, Descriptors, Session, bind
 from userspace_proxy.sockets.dial import Dial, Dialer, set_keepalive
 from userspace_proxy.sockets.introduction import Introductions, Trusted, introduce, original_destination
-from userspace_proxy.sockets.relay import ABORT_ON_CLOSE, Pipes, Relay
+from userspace_proxy.sockets.listening import listen, prepare, stop_listening
+from userspace_proxy.sockets.pipes import Pipes
+from userspace_proxy.sockets.relay import Relay
 from userspace_proxy.sockets.screen import screen
 
 logger = logging.getLogger(__name__)
 
 ACCEPTS = 64
 """Clients taken in one turn."""
-BACKLOG = 65535
-"""Clients that may wait to be taken; the kernel cuts it to net.core.somaxconn."""
 TELL_AGAIN = 60.0
 """Seconds between two complaints about the same want."""
 LASTING = 5.0
@@ -384,13 +382,6 @@ class TCPSocket:
         self._accept()
 
 
-def prepare(listener: SocketType) -> None:
-    """Set what connections inherit."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT_ON_CLOSE)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    set_keepalive(listener)
-
-
 def outgoing(family: int, _client: SocketType) -> SocketType:
     """A socket to dial with."""
     sock = SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -401,18 +392,6 @@ def outgoing(family: int, _client: SocketType) -> SocketType:
         sock.close()
         raise
     return sock
-
-
-def listen(listener: SocketType) -> None:
-    # Inherited by connections, whose TIME_WAIT then does not keep a successor from binding this port.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.listen(BACKLOG)
-
-
-def stop_listening(listener: SocketType) -> None:
-    """Have clients refused; those that wait to be taken are reset."""
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
 
 def _describe(relay: Relay, tcp_socket: TCPSocket, now: float) -> Session:

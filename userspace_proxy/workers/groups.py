@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.model import IPFamily, Protocol
-from userspace_proxy.sockets import tcp, udp
+from userspace_proxy.sockets import listening, udp
 from userspace_proxy.sockets.base import bind, claim, hear_nobody
 from userspace_proxy.sockets.screen import screen
 from userspace_proxy.workers.steering import steer, unsteer
@@ -56,11 +56,13 @@ class TCPGroup:
         self._family = family
         self._port = port
         self._networks: Sequence[str] | None = None
-        self.sockets: list[socket.socket] = [bind(family, socket.SOCK_STREAM, ip, port, prepare=tcp.prepare)]
+        self.sockets: list[socket.socket] = [bind(family, socket.SOCK_STREAM, ip, port, prepare=listening.prepare)]
         try:
             self.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             for _ in range(1, count):
-                self.sockets.append(bind(family, socket.SOCK_STREAM, ip, port, beside_ours=True, prepare=tcp.prepare))
+                self.sockets.append(
+                    bind(family, socket.SOCK_STREAM, ip, port, beside_ours=True, prepare=listening.prepare)
+                )
         except BaseException:
             self.close()
             raise
@@ -71,7 +73,7 @@ class TCPGroup:
             for sock in self.sockets if steered else ():
                 screen(sock, self._family, ())  # deaf, until the group is complete
             for sock in self.sockets:
-                tcp.listen(sock)
+                listening.listen(sock)
                 if sock is first and steered:  # not before: a socket that has a program but no group cannot listen
                     steer(first, self._family, len(self.sockets))
             for sock in self.sockets if steered else ():
@@ -87,7 +89,7 @@ class TCPGroup:
 
     def waiting(self) -> Iterator[tuple[int, socket.socket]]:
         for index, listener in enumerate(self.sockets):
-            for _ in range(tcp.BACKLOG):
+            for _ in range(listening.BACKLOG):
                 try:
                     client, _peer = listener.accept()
                 except OSError:  # none is left; or there is no descriptor for it, or it does not listen
@@ -97,7 +99,7 @@ class TCPGroup:
     def refuse(self) -> None:
         for sock in self.sockets:
             with contextlib.suppress(OSError):  # it did not listen
-                tcp.stop_listening(sock)
+                listening.stop_listening(sock)
 
     def steer(self, steered: bool) -> None:
         if steered:
