@@ -23,6 +23,11 @@ from userspace_proxy.sockets.base import ProxySocket, ProxySockets
 LOOK_AGAIN = 1.0
 """Seconds for which the host's addresses are taken to be the same: thousands of node ports may ask at once."""
 
+_NOT_OURS = (
+    "not an address of this host, where a listener could be, and a local route would take all of it from whose it is; "
+    "give it to the host (ip addr add), or have clients use the cluster IP or a node port"
+)
+
 Place = tuple[str, int]
 
 
@@ -140,9 +145,8 @@ class PortalSocket:
     def _open(self, place: Place, portal: Portal) -> None:
         if place in self._listeners:
             return
-        # Whether they are this host's is for the capture to say, which has told why not.
         if portal.kind in (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP) and not host.is_local_address(place[0]):
-            return
+            raise PortError(f"{portal}: {_NOT_OURS}")
         listener = self._listeners[place] = self._at(place)
         self._shared.listeners += 1
         listener.admit(None)
