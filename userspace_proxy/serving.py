@@ -81,11 +81,12 @@ class Problems:
 
     def note(self, key: SocketKey, message: str) -> None:
         key = key.base
+        families = [SocketKey(key.name, family) for family in IPFamily]
+        said = any(message in noted.get(each, ()) for noted in (self._now, self._before) for each in families)
         found = self._now.setdefault(key, [])
-        if message in found:
-            return
-        found.append(message)
-        if message not in self._before.get(key, ()):
+        if message not in found:
+            found.append(message)
+        if not said:
             logger.warning("%s: %s", key.name, message)
 
     def of(self, key: SocketKey) -> list[str]:
@@ -262,9 +263,12 @@ class Serving:
         try:
             proxy_socket = self._open_somewhere(key, protocol, avoid, balancer, metrics)
         except (PortError, ProtocolUnavailable) as error:
+            if isinstance(error, ProtocolUnavailable):
+                self._metrics.protocol_available.labels(protocol.value).set(0)
             self.problems.note(key, str(error))
             self._drop_metrics(key)
             return False
+        self._metrics.protocol_available.labels(protocol.value).set(1)
         self._proxy_ports.take(proxy_socket.port)
         metrics.affinity_hits = lambda: sum(each.balancer.affinity_hits for each in self._scopes(key))
         metrics.ejected = lambda: len(set[Address]().union(*(each.balancer.ejected for each in self._scopes(key))))
