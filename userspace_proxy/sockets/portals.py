@@ -23,11 +23,6 @@ from userspace_proxy.sockets.base import ProxySocket, ProxySockets
 LOOK_AGAIN = 1.0
 """Seconds for which the host's addresses are taken to be the same: thousands of node ports may ask at once."""
 
-_NOT_OURS = (
-    "not an address of this host, where a listener could be, and a local route would take all of it from whose it is; "
-    "give it to the host (ip addr add), or have clients use the cluster IP or a node port"
-)
-
 Place = tuple[str, int]
 
 
@@ -126,7 +121,7 @@ class PortalSocket:
         self._proxy_socket.close()
 
     def _settle(self) -> None:
-        wanted = {place: portal for portal in self._portals for place in self._shared.places(portal)}
+        wanted = {place: portal for portal in sorted(self._portals) for place in self._shared.places(portal)}
         self._close_others(wanted)
         problems = []
         for place, portal in wanted.items():
@@ -146,7 +141,8 @@ class PortalSocket:
         if place in self._listeners:
             return
         if portal.kind in (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP) and not host.is_local_address(place[0]):
-            raise PortError(f"{portal}: {_NOT_OURS}")
+            # A local route would take all of it from whose it is, and not this port alone.
+            raise PortError(f"{portal}: not an address of this host; give it to the host, or use a node port")
         listener = self._listeners[place] = self._at(place)
         self._shared.listeners += 1
         listener.admit(None)
