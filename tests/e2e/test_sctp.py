@@ -170,6 +170,7 @@ def test_what_the_node_has_not_is_told_with_the_service_port(site: Site) -> None
 
 
 @needs_sctp
+@pytest.mark.parametrize("site", ["iptables"], indirect=True)  # it is seconds until a path is given up
 @pytest.mark.parametrize("place", ["cluster IP", "node port"])
 def test_a_client_of_two_paths_may_lose_one_in_the_middle(site: Site, place: str) -> None:
     """By a node port it knows both addresses of the node's, by a cluster IP that alone."""
