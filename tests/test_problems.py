@@ -26,3 +26,15 @@ def test_trouble_is_logged_when_it_is_new_and_kept_while_it_lasts(caplog: pytest
     problems.begin([NAME])
     problems.note(KEY, "no port")
     assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2, "once at first, once after it had passed"
+
+
+def test_what_concerns_both_families_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    problems = Problems()
+    keys = [SocketKey(NAME, family) for family in IPFamily]
+    for _ in range(2):
+        problems.begin([NAME])
+        for key in keys:
+            problems.note(key, "no such protocol")
+        assert [problems.of(key) for key in keys] == [["no such protocol"]] * 2
+    problems.note(keys[1], "no port")
+    assert [r.getMessage() for r in caplog.records] == [f"{NAME}: no such protocol", f"{NAME}: no port"]

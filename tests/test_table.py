@@ -48,11 +48,13 @@ def test_states_and_troubles_stand_where_endpoints_would() -> None:
         [
             row("none", endpoints=[], state="refusing"),
             row("bad", endpoints=[], state="down", proxyPort=0, problems=["no proxy port"]),
+            row("part", endpoints=["10.1.0.2:80"], problems=["one address less"]),
         ],
         captured=True,
     )
     assert "none: clients are refused" in text
     assert "no proxy port" in text
+    assert "10.1.0.2:80; one address less" in text
 
 
 def test_the_line_to_paste_shows_round_robin_where_there_is_one() -> None:

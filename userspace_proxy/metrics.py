@@ -135,6 +135,12 @@ class Metrics:
             "Service ports that are not served as they should be; /services says why.",
             registry=registry,
         )
+        self.protocol_available = Gauge(
+            "userspace_proxy_protocol_available",
+            "Whether this kernel has a protocol that Services ask for, as last tried; told of those alone.",
+            ["protocol"],
+            registry=registry,
+        )
         self.refused_objects = Gauge(
             "userspace_proxy_refused_objects", "Objects the source refused as invalid.", registry=registry
         )

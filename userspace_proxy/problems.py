@@ -33,11 +33,12 @@ class Problems:
 
     def note(self, key: SocketKey, message: str) -> None:
         key = key.base
+        families = [SocketKey(key.name, family) for family in IPFamily]
+        said = any(message in noted.get(each, ()) for noted in (self._now, self._before) for each in families)
         found = self._now.setdefault(key, [])
-        if message in found:
-            return
-        found.append(message)
-        if message not in self._before.get(key, ()):
+        if message not in found:
+            found.append(message)
+        if not said:
             logger.warning("%s: %s", key.name, message)
 
     def of(self, key: SocketKey) -> list[str]:

@@ -224,9 +224,12 @@ class Serving:
         try:
             proxy_socket = self._open_somewhere(key, protocol, avoid, balancer, metrics)
         except (PortError, ProtocolUnavailable) as error:
+            if isinstance(error, ProtocolUnavailable):
+                self._metrics.protocol_available.labels(protocol.value).set(0)
             self.problems.note(key, str(error))
             self._drop_metrics(key)
             return False
+        self._metrics.protocol_available.labels(protocol.value).set(1)
         self._proxy_ports.take(proxy_socket.port)
         metrics.affinity_hits = lambda: sum(each.balancer.affinity_hits for each in self._scopes(key))
         metrics.ejected = lambda: len(set[Address]().union(*(each.balancer.ejected for each in self._scopes(key))))

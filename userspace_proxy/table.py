@@ -31,14 +31,14 @@ def render(rows: Sequence[Row], *, captured: bool) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     name = f"{row['namespace']}/{row['name']}" + (f":{row['port']}" if row["port"] else "")
     name += f" ({row['scope']})" if row["scope"] else ""
-    endpoints = ", ".join(row["endpoints"]) or _NO_ENDPOINTS.get(row["state"], "")
+    endpoints = "; ".join(filter(None, (", ".join(row["endpoints"]), *row["problems"])))
     return (
         name,
         ", ".join(f"{address}/{row['protocol']}" for address in row["clusterIPs"]),
         ", ".join(row["externalIPs"]),
         str(row["nodePort"] or ""),
         str(row["proxyPort"] or "-"),
-        "; ".join(row["problems"]) or endpoints,
+        endpoints or _NO_ENDPOINTS.get(row["state"], ""),
     )
 
 

@@ -64,10 +64,7 @@ def test_what_the_host_has_already_needs_nothing(capture, run, node, client):
 @pytest.mark.parametrize("kind", [PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP])
 def test_an_address_of_somebody_elses_is_not_taken_until_it_is_ours(capture, run, node, client, kind):
     wanted = [redirect("198.51.100.1", kind=kind), redirect()]
-    changes = run(capture.replace(wanted))
-    assert changes.added == 1
-    (refused,) = changes.refused
-    assert refused.startswith(f"default/web:main: {kind} 198.51.100.1:80/TCP: not an address of this host")
+    assert run(capture.replace(wanted)) == Changes(added=1)
     assert ours(node) == {"10.96.0.10"}
     node.add_address("lo", "198.51.100.1/32")
     assert run(capture.replace(wanted, Difference())) == Changes()

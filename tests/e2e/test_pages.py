@@ -94,6 +94,8 @@ def test_general_metrics(node: Node) -> None:
     for sample in (
         'userspace_proxy_capture_info{capture="iptables"} 1.0',
         "userspace_proxy_service_port_errors 0.0",
+        'userspace_proxy_protocol_available{protocol="TCP"} 1.0',
+        'userspace_proxy_protocol_available{protocol="UDP"} 1.0',
         "userspace_proxy_refused_objects 0.0",
         "userspace_proxy_sync_failures_total 0.0",
         'userspace_proxy_capture_changes_total{change="added"}',

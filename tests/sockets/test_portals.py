@@ -198,8 +198,14 @@ def test_an_address_that_is_not_this_hosts(node):
                 PortError, match=r"not an address of this host.* clients on this host can use 127.0.0.1:"
             ):
                 opened.admit({portal(ip)})
-        opened.admit({portal("198.51.100.1", kind=PortalKind.EXTERNAL_IP)})
-        assert bench.shared.listeners == 0
+        bench.endpoints(8081)
+        somebodys = portal("198.51.100.1", kind=PortalKind.EXTERNAL_IP)
+        with pytest.raises(PortError, match=r"ExternalIP 198\.51\.100\.1:8080/TCP: not an address of this host"):
+            opened.admit({somebodys, portal("127.96.0.10")})
+        assert bench.shared.listeners == 1
+        node.add_address("lo", "198.51.100.1/32")
+        opened.serve()
+        assert [await bench.ask(ip, 8080) for ip in ("127.96.0.10", "198.51.100.1")] == [b"1:hi"] * 2
         opened.close()
 
     in_loop(node, main, Protocol.TCP)

@@ -304,22 +304,24 @@ def test_clients_in_the_queue_when_the_last_endpoint_goes_are_told(start: Start)
 
 @needs_sctp
 @on_one_loop
-def test_a_stalled_reader_stops_its_writer(start: Start) -> None:
+@pytest.mark.parametrize("writer", ["client", "endpoint"])
+def test_a_stalled_reader_stops_its_writer(start: Start, writer: str) -> None:
     with pair(start) as (client, server, proxy):
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
-        client.sock.settimeout(1)
+        source, sink = (client, server) if writer == "client" else (server, client)
+        source.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        source.sock.settimeout(1)
         sent = 0
         with contextlib.suppress(TimeoutError):
             while sent < 2000:
-                client.send(Message(b"%8d" % sent * 1000))
+                source.send(Message(b"%8d" % sent * 1000))
                 sent += 1
         assert sent < 1000, "8 MB fit nowhere"
         for number in range(sent):
-            message = server.receive()
+            message = sink.receive()
             assert message is not None
             assert message.content == b"%8d" % number * 1000
-        server.send(Message(b"done"))
-        assert client.receive() == Message(b"done")
+        sink.send(Message(b"done"))
+        assert source.receive() == Message(b"done")
         assert proxy.counts.active == 1
 
 
@@ -399,22 +401,29 @@ def test_dials_go_on_past_a_refusing_and_a_silent_endpoint(start: Start, family:
 @needs_sctp
 @pytest.mark.privileged
 @on_one_loop
-def test_a_lost_endpoint_is_told_to_the_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", ["client", "endpoint"])
+def test_a_lost_peer_is_told_to_the_other(start: Start, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     for name, value in {"RTO_INITIAL": 1000, "RTO_MAX": 1000, "RETRIES": 1, "PATH_RETRIES": 1}.items():
         monkeypatch.setattr(sctp, name, value)
     with Namespace() as node, Namespace() as far, node.entered():
         here, _ = node.connect(far, "10.1.0.1/24", "10.1.0.2/24")
-        with far.entered():
+        of_client, of_endpoint = (far, node) if lost == "client" else (node, far)
+        with of_endpoint.entered():
             endpoint = plain(SCTP, V4)
-            endpoint.bind(("10.1.0.2", 5000))
+            endpoint.bind(("10.1.0.1" if of_endpoint is node else "10.1.0.2", 5000))
             endpoint.listen(5)
-        proxy = start(SCTP, V4, [("10.1.0.2", 5000)])
-        with endpoint, client_of(proxy) as client, Peer(endpoint.accept()[0]):
-            node.run(f"ip link set {here} down")
-            client.send(Message(b"is anybody there"))
-            with pytest.raises(ConnectionResetError):
-                client.receive()
-        ends(proxy, Outcome.ENDPOINT_LOST)
+        proxy = start(SCTP, V4, [address(endpoint)], bind=V4.wildcard)
+        with of_client.entered():
+            client = plain(SCTP, V4)
+        with endpoint, Peer(client) as client_peer:
+            client.connect(("10.1.0.1", proxy.socket.port))
+            with Peer(endpoint.accept()[0]) as server:
+                node.run(f"ip link set {here} down")
+                left = server if lost == "client" else client_peer
+                left.send(Message(b"is anybody there"))
+                with pytest.raises(ConnectionResetError):
+                    left.receive()
+        ends(proxy, Outcome.CLIENT_LOST if lost == "client" else Outcome.ENDPOINT_LOST)
         proxy.stop()
 
 

@@ -2,7 +2,7 @@
 
 A service address inside 127.0.0.0/8, or one that an interface has, needs nothing, not even root. For other cluster
 IPs there are routes in the local table. External and load-balancer IPs are taken only where the node owns them: they
-are else somebody's, who would lose his traffic to us.
+are else somebody's, who would lose his traffic to us, all of it and not the service port's alone; the sockets say so.
 
 What else follows from a local route: everything of the node that listens on all addresses answers at these as well, and
 on networks that are attached to the node their ARP requests are answered. The sockets are in `sockets.portals`.
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 _PROBES = {IPFamily.IPV4: "192.0.2.1", IPFamily.IPV6: "2001:db8::1"}
 """Of the networks for documentation: nobody's."""
-_NOT_OURS = "not an address of this host, and without netfilter only those are taken; give the host the address"
 
 
 class Local:
@@ -42,8 +41,8 @@ class Local:
         self._routes: dict[IPFamily, Routes] = {}
         self._wanted: dict[str, set[Redirect]] = {}
         """The redirects of each address."""
-        self._unmet: dict[str, str] = {}
-        """Why an address is not this host's. Tried again with every change."""
+        self._unmet: set[str] = set()
+        """Addresses that are not this host's. Tried again with every change."""
 
     async def start(self) -> None:
         if not any(is_local_address(family.loopback) for family in self._families):
@@ -76,7 +75,7 @@ class Local:
             before, now = {r for found in self._wanted.values() for r in found}, set(redirects)
             difference = Difference(tuple(before - now), tuple(now - before))
         gone, new = self._exchange(difference)
-        looked_at = set(self._wanted) if thoroughly else new | (self._unmet.keys() & self._wanted.keys())
+        looked_at = set(self._wanted) if thoroughly else new | (self._unmet & self._wanted.keys())
         foreign = {ip for ip in looked_at if self._is_foreign(ip)}
         left = self._routed(looked_at | gone)
         if thoroughly:
@@ -90,8 +89,8 @@ class Local:
         for ip in problems.keys() - self._wanted.keys():
             logger.warning("capture local: %s", problems[ip])
         unrouted = {ip: f"{why}; it takes CAP_NET_ADMIN" for ip, why in problems.items() if ip in self._wanted}
-        self._unmet = unrouted | dict.fromkeys(foreign, _NOT_OURS)
-        refused = (f"{r.owner}: {r.portal}: {why}" for ip, why in self._unmet.items() for r in self._wanted[ip])
+        self._unmet = foreign | unrouted.keys()
+        refused = (f"{r.owner}: {r.portal}: {why}" for ip, why in unrouted.items() for r in self._wanted[ip])
         routed = self._routed(looked_at | gone)
         return Changes(len(routed - left), len(left - routed), repaired, tuple(sorted(refused)))
 

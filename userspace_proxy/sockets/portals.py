@@ -121,7 +121,7 @@ class PortalSocket:
         self._proxy_socket.close()
 
     def _settle(self) -> None:
-        wanted = {place: portal for portal in self._portals for place in self._shared.places(portal)}
+        wanted = {place: portal for portal in sorted(self._portals) for place in self._shared.places(portal)}
         self._close_others(wanted)
         problems = []
         for place, portal in wanted.items():
@@ -140,9 +140,9 @@ class PortalSocket:
     def _open(self, place: Place, portal: Portal) -> None:
         if place in self._listeners:
             return
-        # Whether they are this host's is for the capture to say, which has told why not.
         if portal.kind in (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP) and not host.is_local_address(place[0]):
-            return
+            # A local route would take all of it from whose it is, and not this port alone.
+            raise PortError(f"{portal}: not an address of this host; give it to the host, or use a node port")
         listener = self._listeners[place] = self._at(place)
         self._shared.listeners += 1
         listener.admit(None)
