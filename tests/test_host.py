@@ -77,6 +77,19 @@ def test_what_the_peer_has_not_taken_is_undelivered(family: int) -> None:
         eventually(lambda: not host.undelivered({number}))
 
 
+@pytest.mark.parametrize("ip", ["127.0.0.2", "::1"])
+def test_what_connections_are_spoken_on(ip: str) -> None:
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.create_server((ip, 0), family=family) as server, socket.socket(family) as client:
+        if family == socket.AF_INET:
+            assert host.spoken_on({ip, "192.0.2.1"}) == set()  # a listener is no connection
+            client.bind(("127.0.0.3", 0))
+        client.connect(server.getsockname())
+        with server.accept()[0]:
+            assert host.spoken_on({ip, "127.0.0.4", "192.0.2.1", "2001:db8::1"}) == {ip}
+            assert host.spoken_on(()) == set()
+
+
 OURS = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"
 
 

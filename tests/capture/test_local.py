@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.capture.conversation import CLUSTER_IP, node_port, redirect
+from tests.netns import eventually
 from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.capture.local import Local, cleanup
 from userspace_proxy.exceptions import CaptureUnavailable
@@ -83,6 +84,33 @@ def test_withdrawn_addresses_stay_for_what_is_established(capture, run, node):
     run(capture.replace([redirect()]))
     run(capture.withdraw())
     assert ours(node) == {"10.96.0.10"}
+
+
+@pytest.mark.parametrize("family", IPFamily)
+def test_an_address_goes_when_the_last_connection_to_it_has_ended(capture, run, node, client, family):
+    ip = CLUSTER_IP[family]
+    run(capture.replace([redirect(ip)]))
+    with node.entered():
+        listener = socket.socket(socket.AF_INET6 if family is V6 else socket.AF_INET)
+    if family is V6:
+        listener.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
+    with listener:
+        listener.bind((ip, 80))
+        listener.listen()
+        with client.entered():
+            peer = socket.create_connection((ip, 80), timeout=5)
+        server, _ = listener.accept()
+    with peer, server:
+        assert run(capture.replace([], Difference(gone=(redirect(ip),)))) == Changes()
+        assert run(capture.replace([], Difference())) == Changes()
+        assert ours(node) == {ip}
+        peer.send(b"still there")
+        server.settimeout(5)
+        assert server.recv(100) == b"still there"
+        peer.close()
+        assert server.recv(100) == b""
+    eventually(lambda: run(capture.replace([], Difference())) == Changes(removed=1))
+    assert ours(node) == set()
 
 
 def test_a_crashed_run_is_taken_over_whichever_way_it_captured(run, node):

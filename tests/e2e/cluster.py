@@ -35,7 +35,8 @@ FLAGS = (
     "--iptables-min-sync-period=0s",
     "--udp-timeout=10s",
     "--cluster-cidr=10.1.0.0/16",
-    "--iptables-sync-period=2s",
+    "--iptables-sync-period=1s",
+    "--drain-timeout=500ms",
 )
 
 
@@ -69,8 +70,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(directory: Path) -> Iterator[Cluster]:
-    with Node(directory) as node:
+def running(directory: Path, capture: str) -> Iterator[Cluster]:
+    with Node(directory, capture) as node:
         with node.net.entered():
             api = APIServer(address="0.0.0.0", port=API_PORT)
         node.net.run("sh -c 'echo 0 >/proc/sys/net/ipv4/icmp_ratelimit'")
@@ -141,6 +142,8 @@ class Service:
             self.name, self.ip, list(self.ports if ports is None else ports), ingress=[self.ingress], **spec
         )
         value["metadata"]["labels"] = dict(labels or {})
+        if self._cluster.node.capture == "local":  # where nothing is redirected, the address must be the node's
+            self._cluster.host.run(f"ip addr replace {self.ingress}/32 dev lo")
         self._cluster.api.put(value)
 
     def served_by(
@@ -176,10 +179,10 @@ class Service:
         self._cluster.api.delete(service(self.name, self.ip, []))
 
 
-def met(client: Namespace, ip: str, number: int = 80, kind: int = STREAM) -> str:
+def met(client: Namespace, ip: str, number: int = 80, kind: int = STREAM, timeout: float = 0.3) -> str:
     """The endpoint that answers a new client, or how it is not answered."""
     try:
-        with connect(client, ip, number, kind, timeout=0.3) as sock:
+        with connect(client, ip, number, kind, timeout) as sock:
             sock.send(b"hi")
             return sock.recv(100).decode().partition(":")[0]
     except ConnectionRefusedError:
@@ -193,8 +196,10 @@ def met(client: Namespace, ip: str, number: int = 80, kind: int = STREAM) -> str
 def reaches(client: Namespace, ip: str, *names: str, number: int = 80, kind: int = STREAM) -> None:
     """Wait until new clients meet these endpoints, all of them and no others."""
     wanted = set(names)
-    clients = 1 if names == (SILENT,) else 2 * len(wanted)
-    eventually(lambda: {met(client, ip, number, kind) for _ in range(clients)} == wanted, 20)
+    clients, patience = (
+        (1, 0.3) if names == (SILENT,) else (2 * len(wanted), 0.1)
+    )  # who comes too early is not answered
+    eventually(lambda: {met(client, ip, number, kind, patience) for _ in range(clients)} == wanted, 20)
 
 
 def lives(client: Namespace, ip: str, number: int = 80, kind: int = STREAM) -> bool:

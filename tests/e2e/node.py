@@ -16,6 +16,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,8 +77,16 @@ def endpoints(
 class Node:
     """The node's namespace is `net`; `start` may be called again after the proxy has ended."""
 
-    def __init__(self, directory: Path, *, address: str = "10.1.0.1/24", address6: str = "fd01::1/64") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        capture: str = "auto",
+        *,
+        address: str = "10.1.0.1/24",
+        address6: str = "fd01::1/64",
+    ) -> None:
         self.net = Namespace()
+        self.capture = capture
         self.manifests = directory / "manifests"
         self.manifests.mkdir(exist_ok=True)
         self.source: Sequence[str] = ("--manifests", str(self.manifests))
@@ -150,7 +159,7 @@ class Node:
         """Start the command and wait until it is ready; `limit` is for its descriptors."""
         self._runs += 1
         self.log_file = self._directory / f"log{self._runs}"
-        command = [sys.executable, "-m", "userspace_proxy", *self.source, *flags]
+        command = [sys.executable, "-m", "userspace_proxy", *self.source, f"--capture={self.capture}", *flags]
         if limit:
             command = ["prlimit", f"--nofile={limit}:{limit}", *command]
         with self.net.entered(), self.log_file.open("w") as log:
@@ -216,6 +225,26 @@ class Node:
             for table in ("nat", "filter")
         ]
         return "\n".join(line for text in tables for line in text.splitlines() if not line.startswith(("#", ":")))
+
+    def captured(self) -> str:
+        """All that the capture has put there, in the words of the programs that list it."""
+        match self.capture:
+            case "nftables":
+                return self.net.run("nft list ruleset")
+            case "local":
+                return "".join(self.net.run(f"ip -{family} route show table all proto 117") for family in "46")
+        return self.rules()
+
+    def captures(self, ip: str, number: int = 0, protocol: str = "tcp") -> bool:
+        """Whether clients of this address are captured now, or those of one port there."""
+        ip = re.escape(ip)
+        patterns = {
+            "iptables": rf"-d {ip}/\d+ " + (rf"-p {protocol} .*--dport {number} " if number else ""),
+            "nftables": rf"\b{ip} \. " + (rf"{protocol} \. {number} " if number else ""),
+            "local": rf"^{protocol} .* \[?{ip}\]?(%\w+)?:{number} " if number else rf"^local {ip} ",
+        }
+        listed = self.net.run("ss -Hlntu") if self.capture == "local" and number else self.captured()
+        return re.search(patterns[self.capture], listed, re.MULTILINE) is not None
 
     def descriptors(self) -> int:
         assert self.process is not None

@@ -175,6 +175,7 @@ class TestExternalTrafficPolicyLocal:
         web.served_by()
         reaches(cluster.outside, web.ingress, REFUSED, kind=kind)
 
+    @pytest.mark.captures("iptables", "nftables", why="who listens at the address itself takes everybody for outside")
     def test_work_from_pods(self, cluster: Cluster) -> None:
         """With no endpoint on the node as well: who is inside needs no load balancer to choose the node."""
         web = served(cluster, "far", **LOCAL)

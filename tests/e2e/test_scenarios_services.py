@@ -185,6 +185,7 @@ def test_connect_to_terminating_and_unready_endpoints_if_publish_not_ready_addre
     reaches(cluster.outside, ADDRESSES["host"], "one" if published else REFUSED, number=web.node_port)
 
 
+@pytest.mark.captures("iptables", "nftables", why="where nothing is redirected, other hosts' addresses are theirs")
 def test_connect_via_external_ip_when_the_external_ip_is_not_assigned_to_a_node(cluster: Cluster) -> None:
     web = served(cluster, "one", "two")
     web.put(externalIPs=[web.external])

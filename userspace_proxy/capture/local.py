@@ -3,6 +3,7 @@
 A service address inside 127.0.0.0/8, or one that an interface has, needs nothing, not even root. For other cluster
 IPs there are routes in the local table. External and load-balancer IPs are taken only where the node owns them: they
 are else somebody's, who would lose his traffic to us, all of it and not the service port's alone; the sockets say so.
+An address that has left Services goes when the last connection to it has ended.
 
 What else follows from a local route: everything of the node that listens on all addresses answers at these as well, and
 on networks that are attached to the node their ARP requests are answered. The sockets are in `sockets.portals`.
@@ -18,7 +19,7 @@ from collections.abc import Collection, Iterable
 from userspace_proxy.capture.base import Changes, Difference
 from userspace_proxy.capture.routes import LOCAL, WAY, Routes
 from userspace_proxy.exceptions import CaptureError, CaptureUnavailable
-from userspace_proxy.host import is_local_address
+from userspace_proxy.host import is_local_address, spoken_on
 from userspace_proxy.model import IPFamily, PortalKind, Protocol, Redirect, family_of
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Local:
         """The redirects of each address."""
         self._unmet: set[str] = set()
         """Addresses that are not this host's. Tried again with every change."""
+        self._spoken_on: set[str] = set()
+        """Addresses that no Service has any more, while connections do. Looked at again with every change."""
 
     async def start(self) -> None:
         if not any(is_local_address(family.loopback) for family in self._families):
@@ -75,6 +78,9 @@ class Local:
             before, now = {r for found in self._wanted.values() for r in found}, set(redirects)
             difference = Difference(tuple(before - now), tuple(now - before))
         gone, new = self._exchange(difference)
+        gone |= self._spoken_on - self._wanted.keys()
+        self._spoken_on = spoken_on(self._routed(gone)) if gone else set()
+        gone -= self._spoken_on
         looked_at = set(self._wanted) if thoroughly else new | (self._unmet & self._wanted.keys())
         foreign = {ip for ip in looked_at if self._is_foreign(ip)}
         left = self._routed(looked_at | gone)
@@ -85,7 +91,11 @@ class Local:
         problems: dict[str, str] = {}
         for family, routes in self._routes.items():
             asked = _of(family, looked_at - foreign)
-            problems |= routes.serve(asked) if thoroughly else routes.change(_of(family, gone), asked)
+            problems |= (
+                routes.serve([*asked, *_of(family, self._spoken_on)])
+                if thoroughly
+                else routes.change(_of(family, gone), asked)
+            )
         for ip in problems.keys() - self._wanted.keys():
             logger.warning("capture local: %s", problems[ip])
         unrouted = {ip: f"{why}; it takes CAP_NET_ADMIN" for ip, why in problems.items() if ip in self._wanted}
