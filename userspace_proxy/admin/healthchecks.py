@@ -135,7 +135,7 @@ class HealthChecks:
                         await self._changed.wait()
                 self._changed.clear()
                 checks = wanted(self._snapshot)
-                if checks.keys() - self._checks.keys() or clock() - looked >= self._period:
+                if checks.keys() - self._checks.keys() or (checks and clock() - looked >= self._period):
                     looked = clock()
                     self._addresses = await self._look()
                 await self._end(checks, server)
