@@ -52,8 +52,6 @@ class Claims:
     def hold(self, place: LocalPort, addresses: Sequence[str], owner: SocketKey) -> bool:
         """Hold a node port on those of the addresses that are of its family; what fails is told its owner."""
         kind, number = _KIND[place.protocol]
-        if place.protocol is Protocol.SCTP and host.sctp():
-            return False  # which its owner has been told, as it has no proxy socket either
         held: list[socket.socket] = []
         try:
             for ip in [ip for ip in addresses if family_of(ip) is place.family]:

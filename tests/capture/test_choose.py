@@ -11,7 +11,7 @@ from tests.capture.conversation import CLUSTER_IP, redirect, saved
 from userspace_proxy.capture import choose as choosing
 from userspace_proxy.capture.choose import NAMES, choose, cleanup
 from userspace_proxy.exceptions import CaptureUnavailable
-from userspace_proxy.model import IPFamily
+from userspace_proxy.model import IPFamily, Protocol
 
 
 def test_the_names_are_those_of_the_flag():
@@ -28,12 +28,33 @@ def test_where_iptables_works_it_is_taken(node, loop_factory, name):
     async def main():
         capture = await choose(name, bind_address="::", nodeport_cidrs=["127.0.0.0/8"])
         assert capture.name == "iptables"
-        assert capture.families == set(IPFamily)
-        await capture.replace([redirect(CLUSTER_IP[IPFamily.IPV6])])
+        assert capture.listens == {Protocol.SCTP}
+        changes = await capture.replace([redirect(CLUSTER_IP[family]) for family in IPFamily])
+        assert changes.added >= 2
+        assert not changes.refused
         await capture.close()
 
     with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
+
+
+@pytest.mark.privileged
+def test_beside_it_nobody_is_warned_of_what_only_sctp_would_need(node, loop_factory, caplog):
+    node.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+    calls = redirect(protocol=Protocol.SCTP)
+    calls6 = redirect(CLUSTER_IP[IPFamily.IPV6], protocol=Protocol.SCTP)
+
+    async def main():
+        capture = await choose("nftables", bind_address="0.0.0.0")
+        assert not caplog.messages
+        [refused] = (await capture.replace([calls, calls6])).refused
+        assert refused.startswith(f"default/web:main: {calls6.portal}: route to ")
+        assert "local 10.96.0.10 dev lo" in node.run("ip route show table local")
+        await capture.close()
+
+    with node.entered(), asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
+    assert "10.96" not in node.run("ip route show table all")
 
 
 @pytest.mark.privileged

@@ -25,6 +25,8 @@ class Beside:
         self.listens = frozenset(protocols)
         self._capture = capture
         self._listening = listening
+        self._listened = 0
+        """How many redirects are of these protocols: mostly none, and then nobody need look through thousands."""
         self._refused: dict[bool, tuple[str, ...]] = {}
         """By whether it is of those that are listened for."""
 
@@ -34,6 +36,8 @@ class Beside:
         await self._capture.start()
 
     async def replace(self, redirects: Collection[Redirect], difference: Difference | None = None) -> Changes:
+        new, gone = (difference.new, difference.gone) if difference else (redirects, ())
+        self._listened = (self._listened if difference else 0) + self._count(new) - self._count(gone)
         done = [
             await self._replace(self._listening, True, redirects, difference),
             await self._replace(self._capture, False, redirects, difference),
@@ -47,9 +51,13 @@ class Beside:
         part = difference and Difference(self._of(listens, difference.gone), self._of(listens, difference.new))
         if part == Difference() != difference:
             return Changes()  # an empty one would ask for repairs
-        changes = await capture.replace(self._of(listens, redirects), part)
+        own = self._of(listens, redirects) if self._listened else () if listens else redirects
+        changes = await capture.replace(own, part)
         self._refused[listens] = changes.refused
         return changes
+
+    def _count(self, redirects: Collection[Redirect]) -> int:
+        return sum(redirect.portal.protocol in self.listens for redirect in redirects)
 
     def _of(self, listens: bool, redirects: Collection[Redirect]) -> tuple[Redirect, ...]:
         return tuple(redirect for redirect in redirects if (redirect.portal.protocol in self.listens) is listens)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from userspace_proxy import host
 from userspace_proxy.capture import iptables, local, nftables
 from userspace_proxy.capture.base import Capture
 from userspace_proxy.capture.beside import Beside
@@ -34,8 +33,8 @@ class Way:
 
 
 def _with_sctp(capture: Capture, bind: str) -> Capture:
-    """SCTP takes another way than the kernel's NAT; where the kernel has none, nobody needs one."""
-    return capture if host.sctp() else Beside(capture, local.Local(bind_address=bind), [Protocol.SCTP])
+    """SCTP takes another way than the kernel's NAT, on a kernel that has none as well: its module may come later."""
+    return Beside(capture, local.Local(bind_address=bind, alone=False), [Protocol.SCTP])
 
 
 _WAYS: Mapping[str, Way] = {

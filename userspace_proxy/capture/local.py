@@ -35,8 +35,12 @@ class Local:
     rewrites_destination = False
     listens = frozenset(Protocol)
 
-    def __init__(self, *, bind_address: str) -> None:
-        """A wildcard bind address stands for both families', any other for its own family alone."""
+    def __init__(self, *, bind_address: str, alone: bool = True) -> None:
+        """A wildcard bind address stands for both families', any other for its own family alone.
+
+        `alone`: not beside another capture, where few will need addresses, and are told when they cannot have one.
+        """
+        self._alone = alone
         wildcard = bind_address in (family.wildcard for family in IPFamily)
         self._families = [family for family in IPFamily if wildcard or family is family_of(bind_address)]
         self._routes: dict[IPFamily, Routes] = {}
@@ -59,7 +63,7 @@ class Local:
         for family in self._families:
             _remove(family)
             routes = self._routes[family] = Routes(family, LOCAL)
-            problems = routes.serve([_PROBES[family]])
+            problems = routes.serve([_PROBES[family]]) if self._alone else {}
             routes.serve(())
             for problem in problems.values():
                 logger.warning(
