@@ -36,9 +36,9 @@ def objects() -> list[Object]:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def node(tmp_path_factory: pytest.TempPathFactory, capture: str) -> Iterator[Node]:
     """A node whose endpoints take their time: none, 200 ms, 400 ms."""
-    with Node(tmp_path_factory.mktemp("site")) as made:
+    with Node(tmp_path_factory.mktemp("site"), capture) as made:
         server = made.pod("10.1.0.2", "fd01::2")
         for number, delay in DELAYS.values():
             server.spawn(f"{sys.executable} {ENDPOINT} a {number} {delay}")
@@ -109,8 +109,8 @@ def test_datagrams_of_every_size_arrive_whole(node: Node, pod: Namespace, where:
         assert client.recv(65535) == (b"a:" + message)[:LARGEST]
 
 
-def test_a_longer_timeout_lets_slow_answers_arrive(tmp_path: Path) -> None:
-    with Node(tmp_path) as node:
+def test_a_longer_timeout_lets_slow_answers_arrive(tmp_path: Path, capture: str) -> None:
+    with Node(tmp_path, capture) as node:
         server, pod = node.pod("10.1.0.2", "fd01::2"), node.pod("10.1.0.3")
         number, delay = DELAYS[SLOW]
         server.spawn(f"{sys.executable} {ENDPOINT} a {number} {delay}")

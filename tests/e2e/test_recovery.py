@@ -39,10 +39,13 @@ FOREIGN = (
 )
 
 
+chains = pytest.mark.captures("iptables", why="it tells ours from foreign rules in tables that both share")
+
+
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
+def node(tmp_path: Path, capture: str) -> Iterator[Node]:
     """A node where others have rules too."""
-    with Node(tmp_path) as made:
+    with Node(tmp_path, capture) as made:
         made.pod("10.1.0.2", "fd01::2").spawn(f"{sys.executable} {ENDPOINT} a 8080")
         for tool in ("iptables-legacy", "ip6tables-legacy"):
             for rule in FOREIGN:
@@ -94,6 +97,7 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("tool", ["iptables-legacy", "ip6tables-legacy"])
+@chains
 def test_our_chains_are_repaired_and_foreign_rules_stay(node: Node, tool: str) -> None:
     node.start(*SOON)
     good = tables(node)
@@ -109,6 +113,7 @@ def test_our_chains_are_repaired_and_foreign_rules_stay(node: Node, tool: str) -
         assert answer(node.net, ip, 80) == b"a:hi"
 
 
+@chains
 def test_foreign_rules_that_come_meanwhile_are_let_be(node: Node) -> None:
     node.start(*SOON)
     for rule in ("-t nat -I PREROUTING 1 -p tcp --dport 11 -j ACCEPT", "-t nat -A OUTPUT -p tcp --dport 11 -j ACCEPT"):
@@ -124,6 +129,7 @@ def test_foreign_rules_that_come_meanwhile_are_let_be(node: Node) -> None:
     assert "KUBE-PORTALS" not in left
 
 
+@chains
 def test_the_route_of_a_cluster_ip_comes_back(node: Node) -> None:
     node.start(*SOON)
     routes = node.net.run("ip route show table all proto 117")
@@ -142,6 +148,7 @@ def test_a_killed_proxys_clients_are_told(node: Node, pod: Namespace) -> None:
             client.recv(1)
 
 
+@chains
 def test_what_a_killed_run_served_is_gone_with_the_next_start(node: Node, pod: Namespace) -> None:
     before = tables(node)
     node.start()
@@ -160,6 +167,7 @@ def test_what_a_killed_run_served_is_gone_with_the_next_start(node: Node, pod: N
     assert tables(node) == before
 
 
+@chains
 def test_kills_in_a_row_pile_nothing_up(node: Node, pod: Namespace) -> None:
     before = tables(node)
     counts = set()
@@ -179,6 +187,7 @@ def test_kills_in_a_row_pile_nothing_up(node: Node, pod: Namespace) -> None:
     assert tables(node) == before
 
 
+@chains
 def test_cleanups_side_by_side_leave_the_tables_as_they_were(node: Node) -> None:
     """Two proxies are taken off a node at a time; what each finds half removed is no error."""
     before = tables(node), node.net.run("ip -4 route show table all")
@@ -194,6 +203,7 @@ def test_cleanups_side_by_side_leave_the_tables_as_they_were(node: Node) -> None
     assert tables(node) == before[0]
 
 
+@chains
 def test_cleanup_beside_a_running_proxy_is_undone_by_its_next_sync(node: Node, pod: Namespace) -> None:
     node.start(*SOON)
     good = tables(node)
@@ -204,6 +214,7 @@ def test_cleanup_beside_a_running_proxy_is_undone_by_its_next_sync(node: Node, p
 
 
 @pytest.mark.parametrize("way", ["stop", "cleanup"])
+@chains
 def test_a_foreign_jump_into_our_chain_goes_with_the_chain(node: Node, way: str) -> None:
     """No chain can be deleted while a rule points to it, so such a rule cannot be kept; all others are."""
     before = tables(node)
