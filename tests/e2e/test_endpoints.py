@@ -22,6 +22,7 @@ ENDPOINT = Path(__file__).with_name("endpoint.py")
 ALIVE = "10.1.0.2:8080"
 REFUSED = "10.1.0.2:9"
 BLACK_HOLE = "10.1.0.4:8080"
+dialled = pytest.mark.captures("iptables", why="endpoints are dialled the same way, however clients came")
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def answers(pod: Namespace, count: int) -> list[tuple[int, bytes]]:
     return found
 
 
+@dialled
 def test_clients_get_past_endpoints_that_refuse_or_are_silent(node: Node, pod: Namespace) -> None:
     node.apply(*web(ALIVE, REFUSED, BLACK_HOLE))
     node.start()
@@ -77,6 +79,7 @@ def test_clients_get_past_endpoints_that_refuse_or_are_silent(node: Node, pod: N
     assert max(failures.values()) <= 12
 
 
+@dialled
 def test_nobody_waits_for_the_dial_of_another(node: Node, pod: Namespace) -> None:
     """Round robin sends every second client to the silent endpoint first; the others are answered before them."""
     node.apply(*web(ALIVE, BLACK_HOLE))
@@ -86,7 +89,13 @@ def test_nobody_waits_for_the_dial_of_another(node: Node, pod: Namespace) -> Non
     assert len({number % 2 for number, _ in found[:8]}) == 1, found
 
 
-@pytest.mark.parametrize("dead", [[REFUSED], [REFUSED, BLACK_HOLE]], ids=["refused", "refused and silent"])
+@pytest.mark.parametrize(
+    "dead",
+    [
+        pytest.param([REFUSED], id="refused"),
+        pytest.param([REFUSED, BLACK_HOLE], id="refused and silent", marks=dialled),
+    ],
+)
 def test_a_client_without_a_living_endpoint_is_reset(node: Node, pod: Namespace, dead: list[str]) -> None:
     node.apply(*web(*dead))
     node.start()

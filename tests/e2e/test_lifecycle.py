@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,6 +36,13 @@ NOBODY = "env -u COVERAGE_PROCESS_CONFIG setpriv --reuid=65534 --regid=65534 --c
 NOBODY += "".join(f" --{caps}=-all,+dac_read_search" for caps in ("inh-caps", "ambient-caps", "bounding-set"))
 
 
+either_signal = pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.captures("iptables", why="both signals are heard by one ear")),
+    ],
+)
 nobody = pytest.mark.captures("iptables", why="it says what becomes of those who may not have iptables")
 
 
@@ -121,25 +129,23 @@ def test_health_while_it_drains(node: Node, pod: Namespace) -> None:
     assert node.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("place", ["cluster IP", "node port"])
-@pytest.mark.parametrize("where", ["pod", "node"])
-def test_new_connections_are_refused_at_once_while_it_drains(
-    node: Node, pod: Namespace, place: str, where: str
-) -> None:
+def test_new_connections_are_refused_at_once_while_it_drains(node: Node, pod: Namespace) -> None:
     # As on most nodes, what is not captured has a way out, and nobody at its end who answers.
     node.net.run("ip route add default via 10.1.0.2")
     node.start("--drain-timeout=30s")
-    ip, number = ("10.96.0.10", 80) if place == "cluster IP" else ("10.1.0.1", 30080)
     with connect(pod, "10.96.0.10", 80) as client:
         assert ask(client) == b"a:hi"
         assert node.process is not None
         node.process.send_signal(signal.SIGTERM)
         eventually(lambda: not answer(pod, "10.1.0.1", 30080, timeout=1))
-        with pytest.raises(ConnectionRefusedError):
-            connect(pod if where == "pod" else node.net, ip, number, timeout=2)
+        for where in (pod, node.net):
+            for place in (("10.96.0.10", 80), ("fd00:96::10", 80), ("10.1.0.1", 30080), ("fd01::1", 30080)):
+                with pytest.raises(ConnectionRefusedError):
+                    connect(where, *place, timeout=2)
         assert ask(client) == b"a:hi"
 
 
+@pytest.mark.captures("iptables", why="test_lifetime shows resets at the end over all captures")
 def test_without_a_drain_timeout_it_ends_at_once(node: Node, pod: Namespace) -> None:
     node.start("--drain-timeout=0s")
     with connect(pod, "10.96.0.10", 80) as client:
@@ -175,7 +181,7 @@ def test_a_taken_admin_port_ends_it_only_where_that_is_asked_for(node: Node) -> 
     assert holder.poll() is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@either_signal
 def test_no_trace_is_left_in_the_namespace(node: Node, pod: Namespace, number: int) -> None:
     eventually(lambda: answer(pod, "10.1.0.2", 8080) == b"a:hi")
     before = traces(node)
@@ -195,7 +201,7 @@ def test_no_trace_is_left_in_the_namespace(node: Node, pod: Namespace, number: i
     assert traces(node) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@either_signal
 def test_a_signal_in_the_middle_of_the_start_leaves_no_trace(node: Node, number: int) -> None:
     before, captured = traces(node), node.captured()
     node.start(wait=False)
@@ -287,7 +293,14 @@ def test_a_process_of_the_capture_that_is_killed_is_replaced(node: Node) -> None
 
 def test_a_kept_connection_outlives_its_endpoint_and_its_service(node: Node, pod: Namespace) -> None:
     node.start("--iptables-min-sync-period=50ms")
-    with connect(pod, "10.96.0.10", 80) as through_ip, connect(node.net, "127.0.0.1", 30080) as through_node_port:
+    places = [
+        (pod, "10.96.0.10", 80),
+        (pod, "fd00:96::10", 80),
+        (node.net, "127.0.0.1", 30080),
+        (pod, "fd01::1", 30080),
+    ]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(*place)) for place in places]
         for objects, state in (
             (ALL, "serving"),
             ((WEB, DNS, DNS_ENDPOINTS), "refusing"),
@@ -299,7 +312,7 @@ def test_a_kept_connection_outlives_its_endpoint_and_its_service(node: Node, pod
             eventually(lambda: node.rows().get("web", {"state": "gone"})["state"] == state)
             # Where nothing is redirected, the address stays the node's as long as it is spoken on.
             eventually(lambda: node.capture == "local" or node.captures("10.96.0.10") == (WEB in objects))
-            for client in (through_ip, through_node_port):
+            for client in clients:
                 assert ask(client) == b"a:hi"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import re
 import signal
 import sys
@@ -21,10 +22,10 @@ pytestmark = pytest.mark.privileged
 ENDPOINT = Path(__file__).with_name("endpoint.py")
 DUAL = ["10.96.0.10", "fd00:96::10"]
 WEB = service("web", DUAL, [port(80, node_port=30080)])
-DNS = service("dns", "10.96.0.11", [port(53, protocol="UDP", node_port=30053)])
+DNS = service("dns", ["10.96.0.11", "fd00:96::11"], [port(53, protocol="UDP", node_port=30053)])
 WEB_ENDPOINTS = (endpoints("web", ["10.1.0.2:8080"]), endpoints("web", ["[fd01::2]:8080"]))
-DNS_ENDPOINTS = endpoints("dns", ["10.1.0.2:8080"], protocol="UDP")
-ALL = (WEB, *WEB_ENDPOINTS, DNS, DNS_ENDPOINTS)
+DNS_ENDPOINTS = tuple(endpoints("dns", [address], protocol="UDP") for address in ("10.1.0.2:8080", "[fd01::2]:8080"))
+ALL = (WEB, *WEB_ENDPOINTS, DNS, *DNS_ENDPOINTS)
 SOON = ("--iptables-sync-period=200ms", "--iptables-min-sync-period=50ms")
 
 FOREIGN = (
@@ -154,7 +155,7 @@ def test_what_a_killed_run_served_is_gone_with_the_next_start(node: Node, pod: N
     node.start()
     first = {name: row["proxyPort"] for name, row in node.rows().items()}
     kill(node)
-    node.apply(DNS, DNS_ENDPOINTS)
+    node.apply(DNS, *DNS_ENDPOINTS)
     node.start()
     rules = tables(node)
     assert 'default/web" -m' not in rules
@@ -230,24 +231,30 @@ def test_a_foreign_jump_into_our_chain_goes_with_the_chain(node: Node, way: str)
 
 
 def test_a_udp_client_goes_on_with_its_port_through_kill_and_restart(node: Node, pod: Namespace) -> None:
-    """Also through a node port, and from the node itself: each is its own conntrack entry, to a port that is gone."""
+    """Also through a node port, and from the node itself: each is its own conntrack entry, to a port that is gone.
+
+    Of what the killed run has put into the kernel, nothing is left beside the next one's.
+    """
     places = [
         (pod, "10.96.0.11", 53),
+        (pod, "fd00:96::11", 53),
         (pod, "10.1.0.1", 30053),
+        (pod, "fd01::1", 30053),
         (node.net, "10.96.0.11", 53),
         (node.net, "127.0.0.1", 30053),
     ]
     node.start()
-    clients = [connect(*place, DATAGRAM) for place in places]
-    try:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(*place, DATAGRAM)) for place in places]
         for client in clients:
             assert ask(client) == b"a:hi"
-        first = node.rows()["dns"]["proxyPort"]
+        first, count = node.rows()["dns"]["proxyPort"], len(node.captured().splitlines())
         kill(node)
+        assert all(map(node.captures, DUAL))
         node.start()
-        assert node.rows()["dns"]["proxyPort"] != first
+        assert len(node.captured().splitlines()) == count
+        for row in node.services():
+            assert row["proxyPort"] != first
+            assert node.capture == "local" or re.search(rf"(--to-ports|:) {row['proxyPort']}\b", node.captured())
         for client in clients:
             assert ask(client) == b"a:hi"
-    finally:
-        for client in clients:
-            client.close()

@@ -129,6 +129,7 @@ def test_proxy_ports_come_from_their_range(node: Node, pod: Namespace) -> None:
             assert answer(pod, ip, 80, kind) == b"a:hi"
 
 
+@pytest.mark.captures("iptables", why="who gets a proxy port is settled before anything is captured")
 def test_a_range_that_is_too_small_serves_as_many_as_it_can(node: Node, pod: Namespace) -> None:
     second = service("second", "10.96.0.20", [port(80)])
     node.apply(service("first", "10.96.0.10", [port(80)]), endpoints("first", ["10.1.0.2:8080"]))
@@ -163,8 +164,9 @@ def test_who_connects_to_a_proxy_port_itself_is_reset(
 CONFIG = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: userspace\n"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.captures("iptables", "local", why="of nftables, as of iptables, nothing outlives the table's owner")
+@pytest.mark.parametrize(
+    "workers", [1, pytest.param(2, marks=pytest.mark.captures("iptables", why="workers know nothing of the capture"))]
+)
 def test_a_config_map_that_changes(node: Node, pod: Namespace, tmp_path: Path, workers: int) -> None:
     """As kubelet changes it, by turning a link. The same process goes on, and keeps nothing of what was before."""
     for number, body in enumerate(("portRange: 21000-21100\n", "portRange: 22000-22100\nudpIdleTimeout: 9s\n")):
