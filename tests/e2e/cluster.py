@@ -142,8 +142,7 @@ class Service:
             self.name, self.ip, list(self.ports if ports is None else ports), ingress=[self.ingress], **spec
         )
         value["metadata"]["labels"] = dict(labels or {})
-        if self._cluster.node.capture == "local":  # where nothing is redirected, the address must be the node's
-            self._cluster.host.run(f"ip addr replace {self.ingress}/32 dev lo")
+        self._cluster.node.own(self.ingress)
         self._cluster.api.put(value)
 
     def served_by(

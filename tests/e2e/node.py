@@ -147,6 +147,11 @@ class Node:
         host.run(f"ip -6 route add default via {network6}:1")
         return host
 
+    def own(self, *ips: str) -> None:
+        """Have these external IPs: where nothing is redirected, none are taken that are not the node's."""
+        for ip in ips if self.capture == "local" else ():
+            self.net.run(f"ip addr replace {ip}/{'128' if ':' in ip else '32'} dev lo")
+
     def apply(self, *objects: Object, file: str = "all") -> None:
         """Make these the content of one manifest file, in one rename."""
         new = self.manifests / f".{file}.new"

@@ -32,10 +32,10 @@ class Site(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, capture: str) -> Iterator[Site]:
     """Three pods that tell who they are, and two that ask. Each test serves a Service of its own."""
     directory = tmp_path_factory.mktemp("site")
-    with Node(directory) as node:
+    with Node(directory, capture) as node:
         for name, (ip, ip6) in zip("abc", SERVERS.items(), strict=True):
             server = node.pod(ip, ip6)
             programs.start_nginx(server, directory / name)
@@ -70,8 +70,8 @@ class Web(NamedTuple):
             file=self.name,
         )
         # Each family has a worker of its own, and either may be the first.
-        for destination in (f"{self.ip}/32", f"{self.ip6}/128"):
-            eventually(lambda place=destination: f"-d {place} -p udp" in self.node.rules())
+        for ip in (self.ip, self.ip6):
+            eventually(lambda found=ip: self.node.captures(found, 80) and self.node.captures(found, 53, "udp"))
         eventually(lambda: len(self.row()["endpoints"]) == servers)
 
     @property

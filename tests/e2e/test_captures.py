@@ -1,4 +1,4 @@
-"""The ways to capture that the other tests do not use: what iptables does for every client, they do too."""
+"""What is one capture's own, or is between two of them; what they have in common, the other tests run over all."""
 
 from __future__ import annotations
 
@@ -10,66 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import programs
 from tests.e2e.client import answer, ask, connect
 from tests.e2e.node import Node, endpoints, port, service
-from tests.e2e.programs import PAGE
-from tests.e2e.test_traffic import (
-    BULK,
-    CLIENTS,
-    FAMILIES,
-    LOOPBACK,
-    PLACES,
-    Site,
-    assert_bulk_arrives,
-    built,
-    show_bridged_packets_to_iptables,
-)
+from tests.e2e.test_traffic import LOOPBACK
 from tests.netns import Namespace, eventually
 
 pytestmark = pytest.mark.privileged
 
 WAYS = ("iptables", "nftables", "local")
-ELSEWHERE = {"external IP of nobody", "load-balancer IP"}
-"""Not taken where nothing is redirected: they are somebody's."""
 ENDPOINT = "python3 tests/e2e/endpoint.py"
-
-
-@pytest.fixture(scope="module", params=WAYS[1:])
-def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with built(tmp_path_factory.mktemp(request.param), f"--capture={request.param}") as site:
-        yield site
-
-
-@pytest.fixture
-def captured(site: Site) -> str:
-    found = re.search(r'capture_info\{capture="(\w+)"\}', site.node.get("/metrics"))
-    assert found is not None
-    return found[1]
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-@pytest.mark.parametrize("client", CLIENTS)
-def test_every_program_through_every_address(site: Site, captured: str, client: str, family: int) -> None:
-    where = site.clients[client]
-    show_bridged_packets_to_iptables(site.node, client != "pod past iptables")
-    for what, place in PLACES.items():
-        if (place.ips == LOOPBACK and client != "node") or (what in ELSEWHERE and captured == "local"):
-            continue
-        assert programs.curl(where, *place.of("http", family)) == PAGE, what
-        assert programs.dig(where, *place.of("dns", family), "web.test A +notcp") == ["192.0.2.80"], what
-        assert programs.dig(where, *place.of("dns", family), "web.test AAAA +tcp") == ["2001:db8::80"], what
-        assert programs.redis(where, *place.of("redis", family), "PING") == "PONG", what
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-@pytest.mark.parametrize("options", BULK[::2])
-def test_bulk(site: Site, options: str, family: int) -> None:
-    where = PLACES["cluster IP"].of("iperf3", family)
-    assert_bulk_arrives(site.server, site.clients["host outside"], where, options)
-
-
-# One node, one way after the other
 
 
 @pytest.fixture
@@ -119,26 +68,6 @@ def test_one_way_leaves_nothing_for_the_next_though_it_was_killed(node: Node) ->
             assert_served(node, node.net)
         assert node.stop(signal.SIGKILL) == -signal.SIGKILL
     assert set(left(node).values()) == {""}
-
-
-@pytest.mark.parametrize("way", WAYS[1:])
-def test_connections_are_drained_and_then_nothing_is_left(node: Node, way: str) -> None:
-    node.start(f"--capture={way}", "--drain-timeout=10s", "--udp-timeout=1s")
-    assert_served(node, node.net)
-    clients = [connect(node.net, ip, 80) for ip in ("10.96.0.10", "fd00:96::10")]
-    for client in clients:
-        assert ask(client) == b"one:hi"
-    assert node.process is not None
-    node.process.send_signal(signal.SIGTERM)
-    eventually(lambda: answer(node.net, "10.96.0.10", 80, timeout=1) == b"")
-    for client in clients:
-        assert ask(client) == b"one:hi"
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1) == b""
-        client.close()
-    assert node.process.wait(10) == 0
-    assert set(left(node).values()) == {""}
-    assert node.cleanup().returncode == 0
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
@@ -197,16 +126,7 @@ def test_a_listener_in_the_way_is_named_and_the_rest_is_served(node: Node) -> No
     eventually(lambda: answer(node.net, "10.96.0.10", 80, timeout=1) == b"one:hi")
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
-def test_several_workers(node: Node, way: str) -> None:
-    node.start(f"--capture={way}", "--workers=2")
-    for _ in range(3):
-        assert_served(node, node.net)
-    assert node.stop() == 0
-    assert set(left(node).values()) == {""}
-
-
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("way", WAYS)
 def test_five_thousand_services(node: Node, way: str) -> None:
     """In one family, because a proxy socket of each takes a descriptor, and under `local` two."""
     objects = []

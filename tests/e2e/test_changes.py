@@ -23,8 +23,8 @@ CONNECTION_REFUSED = 7
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    with Node(tmp_path) as made:
+def node(tmp_path: Path, capture: str) -> Iterator[Node]:
+    with Node(tmp_path, capture) as made:
         for limit in ("ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"):  # else the seventh refusal of a second is silent
             made.net.run(f"sh -c 'echo 0 >/proc/sys/net/{limit}'")
         yield made
@@ -63,6 +63,7 @@ def is_served(client: Namespace, ip: str, number: int = 80) -> bool:
 
 
 def test_without_ready_endpoints_programs_are_refused_at_once(node: Node, server: Namespace, pod: Namespace) -> None:
+    node.own("198.51.100.7")
     node.apply(web(externalIPs=["198.51.100.7"]), *slices(ready=False))
     node.start()
     for client in (pod, node.net, server):
@@ -79,7 +80,7 @@ def test_endpoints_that_come_and_go_act_at_once_and_touch_no_rule(node: Node, po
     """At once: the next sync is farther away than this test lasts."""
     node.apply(web(), *slices(ready=False))
     node.start("--iptables-min-sync-period=60s", "--iptables-sync-period=60s")
-    rules, ports = node.rules(), {name: row["proxyPort"] for name, row in node.rows().items()}
+    captured, ports = node.captured(), {name: row["proxyPort"] for name, row in node.rows().items()}
     for _ in range(2):
         node.apply(web(), *slices())
         for ip in IPS:
@@ -88,7 +89,7 @@ def test_endpoints_that_come_and_go_act_at_once_and_touch_no_rule(node: Node, po
         node.apply(web(), *slices(ready=False))
         for ip in IPS:
             eventually(lambda: programs.curl_status(pod, ip, 80) == CONNECTION_REFUSED)
-    assert node.rules() == rules
+    assert node.captured() == captured
     assert {name: row["proxyPort"] for name, row in node.rows().items()} == ports
 
 
@@ -117,6 +118,7 @@ def test_every_type_of_service_can_become_every_other(node: Node, pod: Namespace
     headless = {**cluster_ip, "spec": {**cluster_ip["spec"], "clusterIP": "None", "clusterIPs": ["None"]}}
     balancer = web(HTTP, ingress=["203.0.113.9"])
     states = [(cluster_ip, 1), (name, 0), (web(HTTP), 2), (headless, 0), (balancer, 3), (cluster_ip, 1), (web(HTTP), 2)]
+    node.own("203.0.113.9")
     node.start("--iptables-min-sync-period=50ms")
     for state, level in states:
         node.apply(state, *slices())
@@ -174,6 +176,7 @@ def test_addresses_come_and_go(node: Node, pod: Namespace) -> None:
     node.apply(web(), *slices())
     node.start("--iptables-min-sync-period=50ms")
     port_before = node.rows()["web:http"]["proxyPort"]
+    node.own("198.51.100.7", "2001:db8:7::7", "198.51.100.8")
     for external_ips in (["198.51.100.7", "2001:db8:7::7"], ["198.51.100.8"], []):
         node.apply(web(externalIPs=external_ips), *slices())
         for ip in ("198.51.100.7", "2001:db8:7::7", "198.51.100.8"):

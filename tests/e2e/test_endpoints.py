@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import re
 import selectors
 import sys
@@ -21,12 +22,13 @@ ENDPOINT = Path(__file__).with_name("endpoint.py")
 ALIVE = "10.1.0.2:8080"
 REFUSED = "10.1.0.2:9"
 BLACK_HOLE = "10.1.0.4:8080"
+dialled = pytest.mark.captures("iptables", why="endpoints are dialled the same way, however clients came")
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
+def node(tmp_path: Path, capture: str) -> Iterator[Node]:
     """Pods: one where an endpoint lives, and one that drops whatever it is sent."""
-    with Node(tmp_path) as made:
+    with Node(tmp_path, capture) as made:
         for limit in ("ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"):  # else the seventh refusal of a second is silent
             made.net.run(f"sh -c 'echo 0 >/proc/sys/net/{limit}'")
         made.pod("10.1.0.2", "fd01::2").spawn(f"{sys.executable} {ENDPOINT} a 8080")
@@ -61,6 +63,7 @@ def answers(pod: Namespace, count: int) -> list[tuple[int, bytes]]:
     return found
 
 
+@dialled
 def test_clients_get_past_endpoints_that_refuse_or_are_silent(node: Node, pod: Namespace) -> None:
     node.apply(*web(ALIVE, REFUSED, BLACK_HOLE))
     node.start()
@@ -76,6 +79,7 @@ def test_clients_get_past_endpoints_that_refuse_or_are_silent(node: Node, pod: N
     assert max(failures.values()) <= 12
 
 
+@dialled
 def test_nobody_waits_for_the_dial_of_another(node: Node, pod: Namespace) -> None:
     """Round robin sends every second client to the silent endpoint first; the others are answered before them."""
     node.apply(*web(ALIVE, BLACK_HOLE))
@@ -85,14 +89,25 @@ def test_nobody_waits_for_the_dial_of_another(node: Node, pod: Namespace) -> Non
     assert len({number % 2 for number, _ in found[:8]}) == 1, found
 
 
-@pytest.mark.parametrize("dead", [[REFUSED], [REFUSED, BLACK_HOLE]], ids=["refused", "refused and silent"])
+@pytest.mark.parametrize(
+    "dead",
+    [
+        pytest.param([REFUSED], id="refused"),
+        pytest.param([REFUSED, BLACK_HOLE], id="refused and silent", marks=dialled),
+    ],
+)
 def test_a_client_without_a_living_endpoint_is_reset(node: Node, pod: Namespace, dead: list[str]) -> None:
     node.apply(*web(*dead))
     node.start()
-    for where in (pod, node.net):
+
+    def is_reset(where: Namespace) -> None:
         # The reset may be there before the client has seen that it was connected.
         with pytest.raises(ConnectionResetError), connect(where, "10.96.0.10", 80) as client:
             ask(client)
+
+    with concurrent.futures.ThreadPoolExecutor() as both:  # for the ladder takes its time
+        for done in [both.submit(is_reset, where) for where in (pod, node.net)]:
+            done.result()
     assert 'outcome="dial_failed"' in node.get("/metrics")
     # Those who found nobody keep nobody from who is there a moment later.
     node.apply(*web(ALIVE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,9 +36,19 @@ NOBODY = "env -u COVERAGE_PROCESS_CONFIG setpriv --reuid=65534 --regid=65534 --c
 NOBODY += "".join(f" --{caps}=-all,+dac_read_search" for caps in ("inh-caps", "ambient-caps", "bounding-set"))
 
 
+either_signal = pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.captures("iptables", why="both signals are heard by one ear")),
+    ],
+)
+nobody = pytest.mark.captures("iptables", why="it says what becomes of those who may not have iptables")
+
+
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    with Node(tmp_path) as made:
+def node(tmp_path: Path, capture: str) -> Iterator[Node]:
+    with Node(tmp_path, capture) as made:
         made.pod("10.1.0.2", "fd01::2").spawn(f"{sys.executable} {ENDPOINT} a 8080")
         made.apply(*ALL)
         yield made
@@ -65,6 +76,7 @@ def traces(node: Node) -> dict[str, object]:
         inside = os.stat("/proc/thread-self/ns/net").st_ino
     return {
         "tables": re.sub(r"^#.*$|\[\d+:\d+\]", "", saved, flags=re.MULTILINE),
+        "table": net.run("nft list ruleset"),
         "routes": net.run("ip -4 route show table all") + str("proto 117" in net.run("ip -6 route show table all")),
         "rules of routing": net.run("ip rule") + net.run("ip -6 rule"),
         "addresses": net.run("ip -brief addr"),
@@ -81,6 +93,7 @@ def is_inside(pid: str, namespace: int) -> bool:
         return False
 
 
+@pytest.mark.captures("iptables", why="the others write as many at once, and are ready with the first look")
 def test_ready_means_that_everything_is_served(node: Node) -> None:
     """With so many Services, the first sync takes a while after the server is up; then each of them is captured."""
     many = [service(f"s{n}", f"10.97.{n // 250}.{n % 250 + 1}", [port(80)]) for n in range(1500)]
@@ -116,25 +129,23 @@ def test_health_while_it_drains(node: Node, pod: Namespace) -> None:
     assert node.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("place", ["cluster IP", "node port"])
-@pytest.mark.parametrize("where", ["pod", "node"])
-def test_new_connections_are_refused_at_once_while_it_drains(
-    node: Node, pod: Namespace, place: str, where: str
-) -> None:
+def test_new_connections_are_refused_at_once_while_it_drains(node: Node, pod: Namespace) -> None:
     # As on most nodes, what is not captured has a way out, and nobody at its end who answers.
     node.net.run("ip route add default via 10.1.0.2")
     node.start("--drain-timeout=30s")
-    ip, number = ("10.96.0.10", 80) if place == "cluster IP" else ("10.1.0.1", 30080)
     with connect(pod, "10.96.0.10", 80) as client:
         assert ask(client) == b"a:hi"
         assert node.process is not None
         node.process.send_signal(signal.SIGTERM)
         eventually(lambda: not answer(pod, "10.1.0.1", 30080, timeout=1))
-        with pytest.raises(ConnectionRefusedError):
-            connect(pod if where == "pod" else node.net, ip, number, timeout=2)
+        for where in (pod, node.net):
+            for place in (("10.96.0.10", 80), ("fd00:96::10", 80), ("10.1.0.1", 30080), ("fd01::1", 30080)):
+                with pytest.raises(ConnectionRefusedError):
+                    connect(where, *place, timeout=2)
         assert ask(client) == b"a:hi"
 
 
+@pytest.mark.captures("iptables", why="test_lifetime shows resets at the end over all captures")
 def test_without_a_drain_timeout_it_ends_at_once(node: Node, pod: Namespace) -> None:
     node.start("--drain-timeout=0s")
     with connect(pod, "10.96.0.10", 80) as client:
@@ -144,6 +155,7 @@ def test_without_a_drain_timeout_it_ends_at_once(node: Node, pod: Namespace) -> 
             client.recv(1)
 
 
+@pytest.mark.captures("iptables", why="the pages are the same over all captures")
 def test_the_admin_servers_can_be_left_out(node: Node) -> None:
     node.start("--healthz-bind-address=", "--metrics-bind-address=", wait=False)
     eventually(lambda: answer(node.net, "10.96.0.10", 80, timeout=1) == b"a:hi", 20)
@@ -151,6 +163,7 @@ def test_the_admin_servers_can_be_left_out(node: Node) -> None:
     assert node.stop() == 0
 
 
+@pytest.mark.captures("iptables", why="the pages are the same over all captures")
 def test_a_taken_admin_port_ends_it_only_where_that_is_asked_for(node: Node) -> None:
     holder = node.net.spawn(f"{sys.executable} -m http.server 10256")
     eventually(lambda: ":10256" in node.net.run("ss -Hlnt"))
@@ -168,7 +181,7 @@ def test_a_taken_admin_port_ends_it_only_where_that_is_asked_for(node: Node) -> 
     assert holder.poll() is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@either_signal
 def test_no_trace_is_left_in_the_namespace(node: Node, pod: Namespace, number: int) -> None:
     eventually(lambda: answer(pod, "10.1.0.2", 8080) == b"a:hi")
     before = traces(node)
@@ -181,16 +194,18 @@ def test_no_trace_is_left_in_the_namespace(node: Node, pod: Namespace, number: i
         assert answer(where, ip, 30053, DATAGRAM) == b"a:hi"
     assert answer(pod, "10.96.0.11", 53, DATAGRAM) == b"a:hi"
     during = traces(node)
-    assert all(during[kind] != before[kind] for kind in ("tables", "routes", "sockets", "processes", "conntrack"))
+    kinds = ["routes", "sockets", "processes", *{"iptables": ["tables"], "nftables": ["table"]}.get(node.capture, [])]
+    assert all(during[kind] != before[kind] for kind in kinds)
+    assert during["conntrack"] or node.capture == "local"
     assert node.stop(number) == 0
     assert traces(node) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@either_signal
 def test_a_signal_in_the_middle_of_the_start_leaves_no_trace(node: Node, number: int) -> None:
-    before = traces(node)
+    before, captured = traces(node), node.captured()
     node.start(wait=False)
-    eventually(lambda: "KUBE-" in node.rules(), 20)  # the first rules are there, the first sync is not done
+    eventually(lambda: node.captured() != captured, 20)  # the first rules are there, the first sync is not done
     assert node.stop(number) == 0
     assert traces(node) == before
 
@@ -214,6 +229,7 @@ def test_the_last_bytes_of_what_has_ended_are_delivered_before_the_end(node: Nod
     assert node.process.wait(10) == 0
 
 
+@pytest.mark.captures("iptables", why="the others have no process that could be stuck")
 def test_a_capture_that_is_stuck_delays_no_refusal_and_no_second_signal(node: Node, pod: Namespace) -> None:
     node.start("--iptables-min-sync-period=50ms", "--drain-timeout=60s")
     assert node.process is not None
@@ -236,6 +252,7 @@ def test_a_capture_that_is_stuck_delays_no_refusal_and_no_second_signal(node: No
     assert node.process.wait(30) == 0
 
 
+@pytest.mark.captures("iptables", why="what is read anew is manifests")
 def test_sighup_finds_a_change_that_nobody_told_of(node: Node, tmp_path: Path) -> None:
     """The file is changed through another name of it, a hard link elsewhere, of which no watcher is told."""
     elsewhere = tmp_path / "aside" / "all.json"  # not right beside the manifests: that directory is watched too
@@ -254,15 +271,18 @@ def test_sighup_finds_a_change_that_nobody_told_of(node: Node, tmp_path: Path) -
     eventually(lambda: answer(node.net, "10.96.0.10", 80, timeout=1) == b"a:hi")
 
 
+@pytest.mark.captures("iptables", why="the others have no process of their own")
 def test_a_process_of_the_capture_that_is_killed_is_replaced(node: Node) -> None:
     """Told by the processes themselves: each family's is another one after the next sync, and dies with the proxy."""
     node.start("--iptables-sync-period=300ms", "--iptables-min-sync-period=100ms")
     assert node.process is not None
     children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
-    first = {int(pid) for pid in children.read_text().split()}
+    first, rules = {int(pid) for pid in children.read_text().split()}, node.rules()
     assert len(first) == 2
     for pid in first:
         os.kill(pid, signal.SIGKILL)
+    node.net.run("iptables-legacy -t nat -F")
+    eventually(lambda: node.rules() == rules, 10)
     eventually(lambda: len(now := set(map(int, children.read_text().split()))) == 2 and not now & first)
     second = children.read_text().split()
     assert status(node, "/readyz") == 200
@@ -273,7 +293,14 @@ def test_a_process_of_the_capture_that_is_killed_is_replaced(node: Node) -> None
 
 def test_a_kept_connection_outlives_its_endpoint_and_its_service(node: Node, pod: Namespace) -> None:
     node.start("--iptables-min-sync-period=50ms")
-    with connect(pod, "10.96.0.10", 80) as through_ip, connect(node.net, "127.0.0.1", 30080) as through_node_port:
+    places = [
+        (pod, "10.96.0.10", 80),
+        (pod, "fd00:96::10", 80),
+        (node.net, "127.0.0.1", 30080),
+        (pod, "fd01::1", 30080),
+    ]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(*place)) for place in places]
         for objects, state in (
             (ALL, "serving"),
             ((WEB, DNS, DNS_ENDPOINTS), "refusing"),
@@ -283,11 +310,13 @@ def test_a_kept_connection_outlives_its_endpoint_and_its_service(node: Node, pod
         ):
             node.apply(*objects)
             eventually(lambda: node.rows().get("web", {"state": "gone"})["state"] == state)
-            eventually(lambda: ("10.96.0.10/32" in node.rules()) == (WEB in objects))
-            for client in (through_ip, through_node_port):
+            # Where nothing is redirected, the address stays the node's as long as it is spoken on.
+            eventually(lambda: node.capture == "local" or node.captures("10.96.0.10") == (WEB in objects))
+            for client in clients:
                 assert ask(client) == b"a:hi"
 
 
+@nobody
 def test_nobody_is_served_without_rules_and_routes(node: Node) -> None:
     """Not being root, `auto` says what is missing, and that proxy ports answer on this host, as they do."""
     before = traces(node)
@@ -311,6 +340,7 @@ def test_nobody_is_served_without_rules_and_routes(node: Node) -> None:
     assert traces(node) == before
 
 
+@nobody
 def test_nobody_is_told_why_iptables_cannot_be_had(node: Node) -> None:
     proxy = as_nobody(node, f"--capture=iptables --manifests {node.manifests}")
     said, _ = proxy.communicate(timeout=20)
@@ -319,6 +349,7 @@ def test_nobody_is_told_why_iptables_cannot_be_had(node: Node) -> None:
     assert "Traceback" not in said
 
 
+@nobody
 def test_nobody_cannot_clean_up_and_is_told(node: Node) -> None:
     node.start()
     assert node.process is not None

@@ -26,9 +26,9 @@ ANSWERS = endpoints("dns", [f"10.1.0.2:{programs.PORTS['dns']}"], protocol="UDP"
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def node(tmp_path_factory: pytest.TempPathFactory, capture: str) -> Iterator[Node]:
     directory = tmp_path_factory.mktemp("site")
-    with Node(directory) as made:
+    with Node(directory, capture) as made:
         server = made.pod("10.1.0.2", "fd01::2")
         programs.start_nginx(server, directory / "nginx")
         programs.start_dnsmasq(server)
@@ -85,14 +85,14 @@ def test_counts_of_a_service_go_with_it(node: Node, pod: Namespace) -> None:
     node.apply(DNS, EMPTY, ANSWERS)
     eventually(lambda: 'service="web"' not in node.get("/metrics"))
     node.apply(WEB, DNS, EMPTY, *HTTP, ANSWERS)
-    eventually(lambda: samples(node, "web") and "10.96.0.10/32" in node.rules())
+    eventually(lambda: samples(node, "web") and node.captures("10.96.0.10"))
     assert samples(node, "web")["sessions_opened_total"] == 0
 
 
 def test_general_metrics(node: Node) -> None:
     page = node.get("/metrics")
     for sample in (
-        'userspace_proxy_capture_info{capture="iptables"} 1.0',
+        'userspace_proxy_capture_info{capture="' + node.capture + '"} 1.0',
         "userspace_proxy_service_port_errors 0.0",
         'userspace_proxy_protocol_available{protocol="TCP"} 1.0',
         'userspace_proxy_protocol_available{protocol="UDP"} 1.0',
@@ -115,7 +115,10 @@ def test_services_tell_what_is_served(node: Node) -> None:
     assert web["nodePort"] == 30080
     assert web["endpoints"] == ["[fd01::2]:8080"]
     assert web["state"] == "serving"
-    assert f"--to-ports {web['proxyPort']}" in node.rules()
+    if node.capture == "local":
+        assert f"[::1]:{web['proxyPort']} " in node.net.run("ss -Hlnt")
+    else:
+        assert re.search(rf"(--to-ports|:) {web['proxyPort']}\b", node.captured())
     empty = rows["empty", "IPv4"]
     assert (empty["state"], empty["endpoints"], empty["affinity"]) == ("refusing", [], "ClientIP")
     assert empty["externalIPs"] == ["198.51.100.7:80"]

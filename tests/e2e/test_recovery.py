@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import re
 import signal
 import sys
@@ -21,10 +22,10 @@ pytestmark = pytest.mark.privileged
 ENDPOINT = Path(__file__).with_name("endpoint.py")
 DUAL = ["10.96.0.10", "fd00:96::10"]
 WEB = service("web", DUAL, [port(80, node_port=30080)])
-DNS = service("dns", "10.96.0.11", [port(53, protocol="UDP", node_port=30053)])
+DNS = service("dns", ["10.96.0.11", "fd00:96::11"], [port(53, protocol="UDP", node_port=30053)])
 WEB_ENDPOINTS = (endpoints("web", ["10.1.0.2:8080"]), endpoints("web", ["[fd01::2]:8080"]))
-DNS_ENDPOINTS = endpoints("dns", ["10.1.0.2:8080"], protocol="UDP")
-ALL = (WEB, *WEB_ENDPOINTS, DNS, DNS_ENDPOINTS)
+DNS_ENDPOINTS = tuple(endpoints("dns", [address], protocol="UDP") for address in ("10.1.0.2:8080", "[fd01::2]:8080"))
+ALL = (WEB, *WEB_ENDPOINTS, DNS, *DNS_ENDPOINTS)
 SOON = ("--iptables-sync-period=200ms", "--iptables-min-sync-period=50ms")
 
 FOREIGN = (
@@ -39,10 +40,13 @@ FOREIGN = (
 )
 
 
+chains = pytest.mark.captures("iptables", why="it tells ours from foreign rules in tables that both share")
+
+
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
+def node(tmp_path: Path, capture: str) -> Iterator[Node]:
     """A node where others have rules too."""
-    with Node(tmp_path) as made:
+    with Node(tmp_path, capture) as made:
         made.pod("10.1.0.2", "fd01::2").spawn(f"{sys.executable} {ENDPOINT} a 8080")
         for tool in ("iptables-legacy", "ip6tables-legacy"):
             for rule in FOREIGN:
@@ -94,6 +98,7 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("tool", ["iptables-legacy", "ip6tables-legacy"])
+@chains
 def test_our_chains_are_repaired_and_foreign_rules_stay(node: Node, tool: str) -> None:
     node.start(*SOON)
     good = tables(node)
@@ -109,6 +114,7 @@ def test_our_chains_are_repaired_and_foreign_rules_stay(node: Node, tool: str) -
         assert answer(node.net, ip, 80) == b"a:hi"
 
 
+@chains
 def test_foreign_rules_that_come_meanwhile_are_let_be(node: Node) -> None:
     node.start(*SOON)
     for rule in ("-t nat -I PREROUTING 1 -p tcp --dport 11 -j ACCEPT", "-t nat -A OUTPUT -p tcp --dport 11 -j ACCEPT"):
@@ -124,6 +130,7 @@ def test_foreign_rules_that_come_meanwhile_are_let_be(node: Node) -> None:
     assert "KUBE-PORTALS" not in left
 
 
+@chains
 def test_the_route_of_a_cluster_ip_comes_back(node: Node) -> None:
     node.start(*SOON)
     routes = node.net.run("ip route show table all proto 117")
@@ -142,12 +149,13 @@ def test_a_killed_proxys_clients_are_told(node: Node, pod: Namespace) -> None:
             client.recv(1)
 
 
+@chains
 def test_what_a_killed_run_served_is_gone_with_the_next_start(node: Node, pod: Namespace) -> None:
     before = tables(node)
     node.start()
     first = {name: row["proxyPort"] for name, row in node.rows().items()}
     kill(node)
-    node.apply(DNS, DNS_ENDPOINTS)
+    node.apply(DNS, *DNS_ENDPOINTS)
     node.start()
     rules = tables(node)
     assert 'default/web" -m' not in rules
@@ -160,6 +168,7 @@ def test_what_a_killed_run_served_is_gone_with_the_next_start(node: Node, pod: N
     assert tables(node) == before
 
 
+@chains
 def test_kills_in_a_row_pile_nothing_up(node: Node, pod: Namespace) -> None:
     before = tables(node)
     counts = set()
@@ -179,6 +188,7 @@ def test_kills_in_a_row_pile_nothing_up(node: Node, pod: Namespace) -> None:
     assert tables(node) == before
 
 
+@chains
 def test_cleanups_side_by_side_leave_the_tables_as_they_were(node: Node) -> None:
     """Two proxies are taken off a node at a time; what each finds half removed is no error."""
     before = tables(node), node.net.run("ip -4 route show table all")
@@ -194,6 +204,7 @@ def test_cleanups_side_by_side_leave_the_tables_as_they_were(node: Node) -> None
     assert tables(node) == before[0]
 
 
+@chains
 def test_cleanup_beside_a_running_proxy_is_undone_by_its_next_sync(node: Node, pod: Namespace) -> None:
     node.start(*SOON)
     good = tables(node)
@@ -204,6 +215,7 @@ def test_cleanup_beside_a_running_proxy_is_undone_by_its_next_sync(node: Node, p
 
 
 @pytest.mark.parametrize("way", ["stop", "cleanup"])
+@chains
 def test_a_foreign_jump_into_our_chain_goes_with_the_chain(node: Node, way: str) -> None:
     """No chain can be deleted while a rule points to it, so such a rule cannot be kept; all others are."""
     before = tables(node)
@@ -219,24 +231,30 @@ def test_a_foreign_jump_into_our_chain_goes_with_the_chain(node: Node, way: str)
 
 
 def test_a_udp_client_goes_on_with_its_port_through_kill_and_restart(node: Node, pod: Namespace) -> None:
-    """Also through a node port, and from the node itself: each is its own conntrack entry, to a port that is gone."""
+    """Also through a node port, and from the node itself: each is its own conntrack entry, to a port that is gone.
+
+    Of what the killed run has put into the kernel, nothing is left beside the next one's.
+    """
     places = [
         (pod, "10.96.0.11", 53),
+        (pod, "fd00:96::11", 53),
         (pod, "10.1.0.1", 30053),
+        (pod, "fd01::1", 30053),
         (node.net, "10.96.0.11", 53),
         (node.net, "127.0.0.1", 30053),
     ]
     node.start()
-    clients = [connect(*place, DATAGRAM) for place in places]
-    try:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(*place, DATAGRAM)) for place in places]
         for client in clients:
             assert ask(client) == b"a:hi"
-        first = node.rows()["dns"]["proxyPort"]
+        first, count = node.rows()["dns"]["proxyPort"], len(node.captured().splitlines())
         kill(node)
+        assert all(map(node.captures, DUAL))
         node.start()
-        assert node.rows()["dns"]["proxyPort"] != first
+        assert len(node.captured().splitlines()) == count
+        for row in node.services():
+            assert row["proxyPort"] != first
+            assert node.capture == "local" or re.search(rf"(--to-ports|:) {row['proxyPort']}\b", node.captured())
         for client in clients:
             assert ask(client) == b"a:hi"
-    finally:
-        for client in clients:
-            client.close()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,24 +26,44 @@ WHAT_IS_OURS = "nft list tables; ip route show table all proto 117; ip -6 route 
 SCRIPT = """
 set -u
 ip link set lo up
+for number in 1 2; do
+    unshare -n sleep 60 & other=$!
+    others="${{others-}} $other"
+    until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.01; done
+    ip link add to$number type veth peer name eth0 netns $other
+    ip addr add 10.$number.0.1/24 dev to$number
+    ip addr add fd0$number::1/64 dev to$number nodad
+    ip link set to$number up
+    nsenter --net --target $other sh -c "ip link set eth0 up
+        ip addr add 10.$number.0.2/24 dev eth0; ip addr add fd0$number::2/64 dev eth0 nodad
+        ip route add default via 10.$number.0.1; ip -6 route add default via fd0$number::1"
+done
 {python} {endpoint} one 9000 & endpoint=$!
 cd {root}
 {python} -m userspace_proxy --manifests {manifests} --capture={way} --workers={workers} --udp-timeout=1s & proxy=$!
 until [ "$(curl -s http://127.0.0.1:10256/readyz)" = ok ]; do sleep 0.05; kill -0 $proxy || exit 1; done
 curl -s http://127.0.0.1:10249/metrics | grep -o 'capture_info{{capture="[a-z]*"}}'
-{python} - <<EOF
-import socket
-for ip, port in (("10.96.0.10", 80), ("fd00:96::10", 80), ("127.0.0.1", 30080), ("::1", 30080), ("127.96.0.10", 80)):
+ask='
+import socket, sys
+for place in sys.argv[2:]:
+    ip, _, port = place.rpartition(":")
     for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
         with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind) as client:
             client.settimeout(5)
-            client.connect((ip, port))
+            client.connect((ip, int(port)))
             client.send(b"hi")
-            print("answer", ip, port, client.recv(100).decode(), flush=True)
-EOF
+            print("answer to", sys.argv[1], ip, port, client.recv(100).decode(), flush=True)
+'
+portals="10.96.0.10:80 fd00:96::10:80"
+{python} -c "$ask" node $portals 127.0.0.1:30080 ::1:30080 127.96.0.10:80
+number=0
+for other in $others; do
+    number=$((number + 1))
+    nsenter --net --target $other {python} -c "$ask" other$number $portals 10.$number.0.1:30080 fd0$number::1:30080
+done
 kill $proxy; wait $proxy; echo "exit $?"
 echo "left: $({ours})"
-kill $endpoint
+kill $endpoint $others
 """
 
 
@@ -69,6 +90,7 @@ def manifests() -> Iterator[Path]:
 
 @pytest.mark.parametrize(("way", "workers"), [("iptables", 1), ("nftables", 1), ("local", 1), ("auto", 2)])
 def test_in_a_user_namespace_of_its_own(manifests: Path, way: str, workers: int) -> None:
+    """From the node and from two networks beside it, as a pod and a client outside have them."""
     script = SCRIPT.format(
         python=sys.executable,
         endpoint=ENDPOINT,
@@ -89,7 +111,8 @@ def test_in_a_user_namespace_of_its_own(manifests: Path, way: str, workers: int)
         )
     said = done.stdout.splitlines()
     assert f'capture_info{{capture="{"iptables" if way == "auto" else way}"}}' in said, done.stdout + done.stderr
-    assert len([line for line in said if line.startswith("answer ") and line.endswith(" one:hi")]) == 10, done
+    answers = [line.split()[2] for line in said if line.startswith("answer ") and line.endswith(" one:hi")]
+    assert Counter(answers) == {"node": 10, "other1": 8, "other2": 8}, done
     assert "exit 0" in said, done.stderr
     assert "left: " in said, done.stderr
     assert "done without" not in done.stderr

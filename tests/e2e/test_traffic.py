@@ -82,20 +82,20 @@ class Site(NamedTuple):
 
 
 @contextlib.contextmanager
-def built(directory: Path, *flags: str) -> Iterator[Site]:
+def built(directory: Path, capture: str) -> Iterator[Site]:
     """A node, a pod with all the servers, and whoever may be their client."""
-    with Node(directory) as node:
+    with Node(directory, capture) as node:
         server, pod, outside = node.pod("10.1.0.2", "fd01::2"), node.pod("10.1.0.3", "fd01::3"), node.outside()
         programs.start_all(server, directory / "programs")
         node.apply(*everything("10.1.0.2", "fd01::2"))
-        node.start("--udp-timeout=5s", *flags)
+        node.start("--udp-timeout=5s")
         clients = {"node": node.net, "host outside": outside, "the endpoint itself": server}
         yield Site(node, server, clients | dict.fromkeys(("pod", "pod past iptables"), pod))
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with built(tmp_path_factory.mktemp("site"), "--capture=iptables") as site:
+def site(tmp_path_factory: pytest.TempPathFactory, capture: str) -> Iterator[Site]:
+    with built(tmp_path_factory.mktemp("site"), capture) as site:
         yield site
 
 
@@ -121,8 +121,9 @@ def show_bridged_packets_to_iptables(node: Node, shown: bool) -> None:
         node.net.run(f"sh -c 'echo {shown:d} >{settings}/bridge-nf-call-{tool}'")
 
 
+REDIRECTED = [pytest.mark.captures("iptables", "nftables", why="where nothing is redirected it stays somebody else's")]
 EVERYWHERE = [
-    pytest.param(client, place, id=f"{what} from {client}")
+    pytest.param(client, place, id=f"{what} from {client}", marks=REDIRECTED if place.ips in (FOREIGN, INGRESS) else ())
     for client, (what, place) in itertools.product(CLIENTS, PLACES.items())
     if client == "node" or place.ips != LOOPBACK
 ]
@@ -164,6 +165,7 @@ BULK = [
     "--udp --bitrate 20M --bytes 1M --length 1200 --bidir",
 ]
 """Options of iperf3."""
+RELAYED = [pytest.mark.captures("iptables", why="which way most bytes go is the relay's affair, however clients came")]
 
 
 def assert_bulk_arrives(server: Namespace, client: Namespace, where: tuple[str, int], options: str) -> None:
@@ -171,12 +173,13 @@ def assert_bulk_arrives(server: Namespace, client: Namespace, where: tuple[str, 
     for direction in ("", "_bidir_reverse") if "--bidir" in options else ("",):
         sent, received = report[f"sum_sent{direction}"]["bytes"], report[f"sum_received{direction}"]["bytes"]
         assert sent >= 1_000_000
-        # What is under way at the end is not counted (20 MB a connection at most), and a busy machine loses datagrams.
-        assert received > sent / 2
+        # What is under way at the end is not counted, which may be most of what buffers hold on both sides of the proxy
+        # (TCP's grow to 32 MB each), and a busy machine loses datagrams.
+        assert received > sent / (2 if "--udp" in options else 16)
 
 
 @either_family
-@pytest.mark.parametrize("options", BULK)
+@pytest.mark.parametrize("options", [pytest.param(each, marks=RELAYED * (n % 2)) for n, each in enumerate(BULK)])
 @pytest.mark.parametrize("client", ["node", "pod", "host outside"], indirect=True)
 def test_bulk(site: Site, client: Namespace, options: str, family: int) -> None:
     place = PLACES["cluster IP"].of("iperf3", family)
@@ -192,21 +195,25 @@ def test_many_redis_clients(client: Namespace, family: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def lonely(tmp_path_factory: pytest.TempPathFactory, capture: str) -> Iterator[Node]:
     """A node with nothing but lo, where everything runs: no default route, no address of its own."""
     directory = tmp_path_factory.mktemp("lonely")
-    with Node(directory) as node:
+    with Node(directory, capture) as node:
         programs.start_all(node.net, directory / "programs")
         node.apply(*everything(*LOOPBACK))
         node.start("--udp-timeout=5s")
         yield node
 
 
-LONELY_PLACES = {what: place for what, place in PLACES.items() if place.ips != LOCAL}
+LONELY_PLACES = [
+    pytest.param(place, id=what, marks=REDIRECTED if place.ips in (FOREIGN, INGRESS) else ())
+    for what, place in PLACES.items()
+    if place.ips != LOCAL
+]
 
 
 @either_family
-@pytest.mark.parametrize("place", LONELY_PLACES.values(), ids=LONELY_PLACES.keys())
+@pytest.mark.parametrize("place", LONELY_PLACES)
 def test_a_node_with_nothing_but_lo(lonely: Node, place: Place, family: int) -> None:
     client = lonely.net
     assert client.run(f"ip -{'64'[family == IPV4]} route show default") == ""
@@ -214,5 +221,5 @@ def test_a_node_with_nothing_but_lo(lonely: Node, place: Place, family: int) -> 
     assert programs.dig(client, *place.of("dns", family), "web.test A +notcp") == ["192.0.2.80"]
     assert programs.dig(client, *place.of("dns", family), "web.test A +tcp") == ["192.0.2.80"]
     assert programs.redis(client, *place.of("redis", family), "PING") == "PONG"
-    for options in BULK:
+    for options in BULK[::2]:
         assert_bulk_arrives(client, client, place.of("iperf3", family), options)

@@ -30,8 +30,8 @@ DNS = service("dns", "10.96.0.11", [port(53, protocol="UDP", node_port=30053)])
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    with Node(tmp_path) as made:
+def node(tmp_path: Path, capture: str) -> Iterator[Node]:
+    with Node(tmp_path, capture) as made:
         server = made.pod("10.1.0.2", "fd01::2")
         for name, number in zip("abc", (8080, 8081, 8082), strict=True):
             server.spawn(f"{sys.executable} {ENDPOINT} {name} {number}")
@@ -107,15 +107,15 @@ def held_tcp(pid: int) -> int:
     return sum(os.readlink(link).startswith("socket:") for link in links) > 8
 
 
-@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, DATAGRAM], ids=["TCP", "UDP"])
-@pytest.mark.parametrize("ip", ["10.96.0.12", "fd00:96::12"])
-def test_affinity_through_the_rules(node: Node, ip: str, kind: int) -> None:
+def test_affinity_however_clients_come(node: Node) -> None:
     pods = [node.pod(f"10.1.0.{n}", f"fd01::{n}") for n in (3, 4, 5, 6)]
     node.start("--workers=3", "--udp-timeout=10s")
-    number = 53 if kind == DATAGRAM else 80
+    places = [
+        (ip, *which) for ip in ("10.96.0.12", "fd00:96::12") for which in ((80, socket.SOCK_STREAM), (53, DATAGRAM))
+    ]
 
     def placed() -> list[bytes]:
-        met = [{answer(pod, ip, number, kind) for _ in range(6)} for pod in (*pods, node.net)]
+        met = [{answer(pod, *place) for _ in range(6)} for place in places for pod in (*pods, node.net)]
         assert all(len(names) == 1 for names in met)
         return [names.pop() for names in met]
 
@@ -127,6 +127,7 @@ def test_affinity_through_the_rules(node: Node, ip: str, kind: int) -> None:
     assert placed() == first
 
 
+@pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")
 def test_sessions_of_all_workers_are_drained(node: Node) -> None:
     pod = node.pod("10.1.0.3", "fd01::3")
     before = traces(node)
@@ -153,6 +154,7 @@ def test_sessions_of_all_workers_are_drained(node: Node) -> None:
     }
 
 
+@pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")
 def test_what_is_not_drained_in_time_is_reset(node: Node) -> None:
     pod = node.pod("10.1.0.3", "fd01::3")
     node.start("--workers=2", "--drain-timeout=100ms")
@@ -168,6 +170,7 @@ def test_what_is_not_drained_in_time_is_reset(node: Node) -> None:
     assert all(map(is_gone, running))
 
 
+@pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")
 def test_killed_it_takes_its_workers_along_and_clients_are_told(node: Node) -> None:
     """Never a clean end of file, which would hide that something is missing. The next run starts afresh."""
     pod = node.pod("10.1.0.3", "fd01::3")
@@ -188,6 +191,7 @@ def test_killed_it_takes_its_workers_along_and_clients_are_told(node: Node) -> N
     assert node.stop() == 0
 
 
+@pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")
 def test_a_dead_worker_is_replaced_under_traffic(node: Node) -> None:
     pod = node.pod("10.1.0.3", "fd01::3")
     node.start("--workers=2")
@@ -216,6 +220,7 @@ def survives(client: socket.socket) -> bool:
         return False
 
 
+@pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")
 def test_all_signalled_at_once_it_drains_all_the_same(node: Node) -> None:
     """As a service manager does that signals every process of the group."""
     pod = node.pod("10.1.0.3", "fd01::3")
@@ -230,6 +235,7 @@ def test_all_signalled_at_once_it_drains_all_the_same(node: Node) -> None:
     assert node.process.wait(10) == 0
 
 
+@pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")
 def test_descriptors_that_run_out_hold_clients_up_and_cost_none(node: Node) -> None:
     pod = node.pod("10.1.0.3", "fd01::3")
     node.start("--workers=2", limit=200)
