@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 from userspace_proxy import __version__, host
@@ -24,8 +24,10 @@ from userspace_proxy.admin.health import Health, HealthPages, is_fresh, is_live
 from userspace_proxy.admin.healthchecks import Checked, HealthChecks
 from userspace_proxy.admin.metrics import Views
 from userspace_proxy.admin.servers import AdminServer
+from userspace_proxy.capture import sole
 from userspace_proxy.capture.base import Capture
 from userspace_proxy.capture.choose import choose
+from userspace_proxy.capture.none import NoCapture
 from userspace_proxy.config import Config, PortRange
 from userspace_proxy.configfile import ConfigFile
 from userspace_proxy.exceptions import CaptureError
@@ -369,6 +371,11 @@ async def serve(config: Config, parse: Callable[[], Config]) -> Config | None:
     config_file = ConfigFile(config.config, config, parse) if config.config else None
     set_oom_score(config)
     source = sources.choose(config)
+    with nullcontext() if config.capture == NoCapture.name else sole.hold():
+        return await _serve(config, source, signals, config_file)
+
+
+async def _serve(config: Config, source: Source, signals: Signals, config_file: ConfigFile | None) -> Config | None:
     capture = await choose(
         config.capture,
         bind_address=config.bind_address,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from userspace_proxy.capture import iptables, local, nftables
+from userspace_proxy.capture import iptables, local, nftables, sole
 from userspace_proxy.capture.base import Capture
 from userspace_proxy.capture.beside import Beside
 from userspace_proxy.capture.none import NoCapture
@@ -124,6 +124,8 @@ def _has_legacy_nat() -> bool:
 
 async def cleanup() -> None:
     """Leave the kernel as if no proxy had ever captured here; raises CaptureError for what cannot be removed."""
+    if other := sole.holder():
+        logger.warning("%s captures here and will do so again with its next sync; end it first", other)
     problems = []
     for way in _WAYS.values():
         if way.cleanup is not None:

@@ -30,13 +30,16 @@ class PortalSockets:
     """Those of one protocol, made of ordinary ones."""
 
     def __init__(self, inner: ProxySockets, bind: str, nodeport_networks: Sequence[str]) -> None:
-        """`bind`: where node ports are, if no networks say so; a wildcard stands for those of both families."""
+        """`bind`: where node ports are, if no networks say so. A wildcard stands for the addresses that the host has in
+        both families: a socket at the wildcard itself would be at every cluster IP as well, whose ports are others'.
+        """
         self.protocol = inner.protocol
         self.inner = inner
         self.listeners = 0
         """At portals; proxy ports are not among them."""
         self._bind = bind
-        self._networks = nodeport_networks
+        wildcard = bind in (family.wildcard for family in IPFamily)
+        self._networks = nodeport_networks or (("0.0.0.0/0", "::/0") if wildcard else ())
         self._addresses: tuple[str, ...] = ()
         self._looked_at = -LOOK_AGAIN
 
@@ -63,8 +66,7 @@ class PortalSockets:
         if portal.ip:
             return [(portal.ip, portal.port)]
         if not self._networks:
-            wildcard = self._bind in (family.wildcard for family in IPFamily)
-            return [(portal.family.wildcard if wildcard else self._bind, portal.port)]
+            return [(self._bind, portal.port)]
         now = time.monotonic()
         if now - self._looked_at >= LOOK_AGAIN:
             # pyroute2 has a loop of its own, which cannot run where ours does.
