@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.uml.reports"]
 
@@ -17,6 +18,10 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
 }
 
+
+# How long something took is no reason to fail: the machine may have stood still.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("patient")
 
 # libuv opens a pipe for signals with its first loop and keeps it: not to be taken for a leak of some test.
 uvloop.new_event_loop().close()

@@ -58,7 +58,7 @@ def test_another_version_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "found version 2; allowed: 1" in caplog.text
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_happened_to_the_file_it_is_read_whole_or_not_at_all(tmp_path: Path, data: st.DataObject) -> None:
     state = SavedState(tmp_path, SERVER)
