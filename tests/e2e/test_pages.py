@@ -34,6 +34,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, capture: str) -> Iterator[Nod
         programs.start_dnsmasq(server)
         for name in ("http", "dns"):
             programs.await_listener(server, programs.PORTS[name])
+        made.own("198.51.100.7")
         made.apply(WEB, DNS, EMPTY, *HTTP, ANSWERS)
         made.start("--iptables-min-sync-period=50ms", "--udp-timeout=150ms")
         yield made
