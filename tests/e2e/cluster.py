@@ -81,6 +81,8 @@ def running(directory: Path, capture: str) -> Iterator[Cluster]:
             f"--hostname-override={NODE}",
             f"--state-dir={directory}/state",
         )
+        if capture == "local":  # every Service's ingress is an address of the node, and node ports would be on them all
+            node.source = (*node.source, "--nodeport-addresses=10.1.0.0/16,127.0.0.0/8")
         with api:
             api.put(node_object())
             cluster = Cluster(node, api)
