@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-import math
 import random
 import socket
 import time
@@ -48,7 +47,7 @@ UDP = ServicePort(Protocol.UDP, 80, ("127.96.0.1",))
 
 @contextmanager
 def serving(
-    *, networks: tuple[str, ...] = (), strangers: bool = False, most_descriptors: float = math.inf
+    *, networks: tuple[str, ...] = (), strangers: bool = False, room: Callable[[], bool] = lambda: True
 ) -> Iterator[Serving]:
     poller = Poller(asyncio.get_running_loop())
     metrics, descriptors = Metrics(), Descriptors(100)
@@ -63,7 +62,7 @@ def serving(
         port_range=PortRange(20000, 29999),
         nodeport_networks=networks,
         strangers=strangers,
-        most_descriptors=lambda: most_descriptors,
+        room=room,
         max_ejection=10.0,
         clock=time.monotonic,
         rng=random.Random(3),
@@ -199,7 +198,7 @@ def test_places_are_looked_for_among_endpoints_when_they_change_and_when_asked(r
 
 def test_descriptors_are_left_for_connections(run: Run) -> None:
     async def main() -> None:
-        with serving(most_descriptors=1) as made:
+        with serving(room=lambda: made.descriptors < 1) as made:
             assert made.open(KEY, TCP, ())
             other = SocketKey(ServicePortName("default", "api"), V4)
             assert not made.open(other, TCP, ())

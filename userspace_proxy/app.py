@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 
@@ -109,12 +109,16 @@ class App:
         self._metrics.capture_info.labels(capture.name).set(1)
         self._data_path = _data_path(config, self._metrics)
         self._source = source
-        portals = _portal_sockets(config, self._data_path, capture.listens)
         limit = host.raise_descriptor_limit()
-        most = limit - min(2 * RESERVE, limit // 2)
+        self._most_held = limit - min(2 * RESERVE, limit // 2)
+        self._portals = {
+            protocol: PortalSockets(sockets, config.bind_address, config.nodeport_addresses, self._has_room)
+            for protocol, sockets in self._data_path.sockets.items()
+            if protocol in capture.listens
+        }
         self._proxier = Proxier(
             capture,
-            {**self._data_path.sockets, **portals},
+            {**self._data_path.sockets, **self._portals},
             self._metrics,
             bind_address=config.bind_address,
             port_range=config.proxy_port_range or PortRange(*host.ephemeral_ports()),
@@ -123,16 +127,15 @@ class App:
             min_sync_period=config.iptables_min_sync_period,
             max_ejection=config.max_ejection_time,
             after_sync=self._fit,
-            most_descriptors=lambda: most - self._health_checks.descriptors,
+            room=self._has_room,
         )
-        self._portals = tuple(portals.values())
         self._supervisor = Supervisor(os.environ, os.getpid())
         self._health_checks = HealthChecks(
             self._is_healthy,
             config.nodeport_addresses,
             self._no_health_check,
             period=config.iptables_sync_period,
-            most=lambda: most - self._proxier.descriptors,
+            room=self._has_room,
             held=self._fit,
         )
 
@@ -262,8 +265,16 @@ class App:
 
     def _fit(self) -> None:
         """Sessions may have the descriptors that are not held otherwise."""
-        portals = sum(each.listeners for each in self._portals)
-        self._data_path.fit(self._proxier.descriptors + portals + self._health_checks.descriptors)
+        self._data_path.fit(self._held())
+
+    def _held(self) -> int:
+        """Descriptors that wait for clients."""
+        portals = sum(each.listeners for each in self._portals.values())
+        return self._proxier.descriptors + portals + self._health_checks.descriptors
+
+    def _has_room(self) -> bool:
+        """Whether one more may, so that some stay for connections."""
+        return self._held() < self._most_held
 
     def _no_health_check(self, checked: Checked, problem: str) -> None:
         """Load balancers will send this node no traffic of the Service."""
@@ -349,16 +360,6 @@ def _data_path(config: Config, metrics: Metrics) -> DataPath | Pool:
         return DataPath(settings, metrics)
     start = Start(0, settings, config.max_ejection_time, config.verbosity, config.logging_format)
     return Pool(config.workers, start, metrics)
-
-
-def _portal_sockets(
-    config: Config, data_path: DataPath | Pool, protocols: Collection[Protocol]
-) -> dict[Protocol, PortalSockets]:
-    return {
-        protocol: PortalSockets(sockets, config.bind_address, config.nodeport_addresses)
-        for protocol, sockets in data_path.sockets.items()
-        if protocol in protocols
-    }
 
 
 async def serve(config: Config, parse: Callable[[], Config]) -> Config | None:

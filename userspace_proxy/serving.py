@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +81,7 @@ class Serving:
         port_range: PortRange,
         nodeport_networks: Sequence[str],
         strangers: bool,
-        most_descriptors: Callable[[], float] = lambda: math.inf,
+        room: Callable[[], bool] = lambda: True,
         max_ejection: float,
         clock: Callable[[], float],
         rng: random.Random,
@@ -94,7 +93,7 @@ class Serving:
         self._metrics = metrics
         self._bind = bind
         self._strangers = strangers
-        self._most_descriptors = most_descriptors
+        self._room = room
         self._max_ejection = max_ejection
         self._clock = clock
         self._rng = rng
@@ -269,7 +268,7 @@ class Serving:
         metrics: ServicePortMetrics,
     ) -> ProxySocket:
         """Raises PortError."""
-        if self.descriptors >= self._most_descriptors():
+        if not self._room():
             raise PortError(
                 f"no proxy port: proxy sockets and node ports hold {self.descriptors} descriptors, and the others are "
                 "for connections; allow more (ulimit -n), or serve one family only (--bind-address)"

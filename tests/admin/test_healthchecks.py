@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import math
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -80,10 +79,10 @@ def health_checks(
     is_healthy: Callable[[], bool] = lambda: True,
     failed: Callable[[Checked, str], None] = lambda checked, problem: None,
     period: float = 3600.0,
-    most: Callable[[], float] = lambda: math.inf,
+    room: Callable[[], bool] = lambda: True,
     held: Callable[[], None] = lambda: None,
 ) -> HealthChecks:
-    return HealthChecks(is_healthy, networks, failed, period=period, most=most, held=held)
+    return HealthChecks(is_healthy, networks, failed, period=period, room=room, held=held)
 
 
 def free_port() -> int:
@@ -247,7 +246,7 @@ def test_descriptors_are_counted_and_limited(run: Run) -> None:
             "127.0.0.1/32",
             failed=lambda *args: told.append(args),
             period=0.05,
-            most=lambda: most,
+            room=lambda: checks.descriptors < most,
             held=lambda: counts.append(checks.descriptors),
         )
         async with running(checks) as session:

@@ -41,6 +41,10 @@ def node_port(number=30080, family=V4, protocol=Protocol.TCP):
     return Portal(family, protocol, "", number, PortalKind.NODE_PORT)
 
 
+ROOM = 5
+"""Listeners at portals that there may be."""
+
+
 class Bench:
     """Portal sockets in a namespace, with two endpoints that say which one they are."""
 
@@ -49,7 +53,7 @@ class Bench:
         self.protocol = protocol
         self.metrics = Metrics()
         self.path = DataPath(SETTINGS, self.metrics)
-        self.shared = PortalSockets(self.path.sockets[protocol], bind, networks)
+        self.shared = PortalSockets(self.path.sockets[protocol], bind, networks, lambda: self.shared.listeners < ROOM)
         self.balancer = LoadBalancer(asyncio.get_running_loop().time, random.Random(1))
 
     def open(self, family=V4, port=40001):
@@ -169,6 +173,23 @@ def test_node_ports_are_on_the_addresses_asked_for(node, protocol, bind, network
         opened.close()
 
     in_loop(node, main, protocol, bind, networks)
+
+
+def test_descriptors_are_left_for_connections(node, protocol):
+    async def main(bench):
+        bench.endpoints(8081)
+        opened = bench.open()
+        opened.serve()
+        wanted = [portal("127.96.0.10", number, protocol=protocol) for number in range(8000, 8000 + ROOM + 1)]
+        with pytest.raises(PortError, match=r"^127.96.0.10:\d+ cannot be had: what descriptors .* \(ulimit -n\)"):
+            opened.admit(wanted)
+        assert bench.shared.listeners == ROOM
+        opened.admit(wanted[1:])
+        assert await bench.ask("127.96.0.10", 8000 + ROOM) == b"1:hi"
+        opened.close()
+        assert bench.shared.listeners == 0
+
+    in_loop(node, main, protocol)
 
 
 def test_who_is_in_the_way_is_named_and_left_alone_and_the_rest_is_open(node, protocol):

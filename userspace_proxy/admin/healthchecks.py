@@ -85,8 +85,8 @@ def _port_of(transport: asyncio.BaseTransport) -> int:
 class HealthChecks:
     """`networks`: those whose addresses serve node ports; none: all. `failed` is told of ports that cannot be had.
 
-    What the host's addresses are is looked at again every `period` seconds. Of descriptors there are as many as `most`
-    says, and `held` is told when others are held than before.
+    What the host's addresses are is looked at again every `period` seconds. `room` says whether there are descriptors
+    for one more listener, and `held` is told when others are held than before.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class HealthChecks:
         failed: Callable[[Checked, str], None],
         *,
         period: float,
-        most: Callable[[], float],
+        room: Callable[[], bool],
         held: Callable[[], None],
     ) -> None:
         self._is_healthy = is_healthy
         self._networks = networks
         self._failed = failed
         self._period = period
-        self._most = most
+        self._room = room
         self._held = held
         self._snapshot = Snapshot()
         self._changed = asyncio.Event()
@@ -167,7 +167,7 @@ class HealthChecks:
         for place in product(self._addresses, checks):
             if place in self._listeners:
                 continue
-            if len(self._listeners) + CONNECTIONS >= self._most():
+            if not self._room():
                 without.add(place[1])
                 continue
             listener = self._listener(checks[place[1]], place)

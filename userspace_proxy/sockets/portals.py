@@ -29,10 +29,14 @@ Place = tuple[str, int]
 class PortalSockets:
     """Those of one protocol, made of ordinary ones."""
 
-    def __init__(self, inner: ProxySockets, bind: str, nodeport_networks: Sequence[str]) -> None:
+    def __init__(
+        self, inner: ProxySockets, bind: str, nodeport_networks: Sequence[str], room: Callable[[], bool]
+    ) -> None:
         """`bind`: where node ports are, if no networks say so. A wildcard stands for the addresses that the host has in
         both families: a socket at the wildcard itself would be at every cluster IP as well, whose ports are others'.
+        `room`: whether there are descriptors for one more.
         """
+        self.room = room
         self.protocol = inner.protocol
         self.inner = inner
         self.listeners = 0
@@ -145,6 +149,11 @@ class PortalSocket:
         if portal.kind in (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP) and not host.is_local_address(place[0]):
             # A local route would take all of it from whose it is, and not this port alone.
             raise PortError(f"{portal}: not an address of this host; give it to the host, or use a node port")
+        if not self._shared.room():
+            raise PortError(
+                f"{join_host_port(*place)} cannot be had: what descriptors are left is for connections; allow more "
+                "(ulimit -n), or serve node ports on fewer addresses (--nodeport-addresses)"
+            )
         listener = self._listeners[place] = self._at(place)
         self._shared.listeners += 1
         listener.admit(None)
