@@ -80,6 +80,19 @@ def test_a_port_without_a_name():
     assert list(decode(value, "f").endpoints) == [ServicePortName("default", "web", "")]
 
 
+def test_one_port_of_a_slice_may_be_without_a_name():
+    ports = [{"name": "", "port": 8080}, {"name": "metrics", "port": 9090}]
+    found = decode(endpoint_slice(ports=ports), "f").endpoints
+    assert {name.port: [str(e) for e in listed] for name, listed in found.items()} == {
+        "": ["10.1.0.1:8080"],
+        "metrics": ["10.1.0.1:9090"],
+    }
+    for another in ({"port": 8081}, {"name": "metrics", "port": 8081}):
+        (problem,) = problems(endpoint_slice(ports=[*ports, another]))
+        assert problem.startswith("ports[2].name: found ")
+        assert problem.endswith("allowed: a name that no other port has")
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -61,16 +61,19 @@ class Check:
         self.refuse(field, value, f"a number from {low} to {high}")
         return 0
 
-    def ports(self, field: str, ports: Sequence[Port], *, numbered: bool = True) -> list[CheckedPort]:
-        """Ports with names that are their own, and a number, which is 0 where none is needed and none given."""
+    def ports(self, field: str, ports: Sequence[Port], *, of_slice: bool = False) -> list[CheckedPort]:
+        """Ports with names that are their own, and numbers.
+
+        A slice's may be without a number, read as 0, and one of them without a name, whatever others it has.
+        """
         checked = [
-            self._port(f"{field}[{i}]", port, unnamed=len(ports) == 1, numbered=numbered)
+            self._port(f"{field}[{i}]", port, unnamed=of_slice or len(ports) == 1, numbered=not of_slice)
             for i, port in enumerate(ports)
         ]
         names: set[str] = set()
         for i, port in enumerate(checked):
-            if port.name and port.name in names:
-                self.refuse(f"{field}[{i}].name", port.name, "a name that no other port has")
+            if port.name in names and (port.name or of_slice):
+                self.refuse(f"{field}[{i}].name", port.name or None, "a name that no other port has")
             names.add(port.name)
         return checked
 
