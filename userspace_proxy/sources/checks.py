@@ -41,6 +41,8 @@ class Check:
 
     def __init__(self, allow_loopback: bool) -> None:
         self.problems: list[str] = []
+        self.passed_over: list[str] = []
+        """Of what is not the writer's own: said of a part that is left out, while the rest of the object counts."""
         self._allow_loopback = allow_loopback
 
     def refuse(self, field: str, found: object, allowed: str) -> None:
@@ -114,6 +116,16 @@ class Check:
             self._refuse_local(field, value, ip, loopback=True)
         return str(ip or "")
 
+    def status_ip(self, field: str, value: object) -> str:
+        """A load balancer's address, or empty for one that is passed over.
+
+        Whoever writes a Service cannot put right what a controller has told of it.
+        """
+        alone = Check(self._allow_loopback)
+        ip = alone.service_ip(field, value)
+        self.passed_over += alone.problems
+        return "" if alone.problems else ip
+
     def endpoint_ip(self, field: str, value: object) -> str:
         ip = self._address(field, value)
         if ip is not None:
@@ -125,7 +137,7 @@ class Check:
         try:
             if not isinstance(value, str):
                 raise ValueError(value)
-            return str(ipaddress.ip_network(value.strip(), strict=False))
+            return str(ipaddress.ip_network(_without_zeros(value.strip()), strict=False))
         except ValueError:
             self.refuse(field, value, "a network, as 192.0.2.0/24 or 2001:db8::/32")
             return "0.0.0.0/32"
@@ -157,9 +169,11 @@ def parse_ip(value: object) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Read an address; leading zeros in IPv4 are decimal, as Kubernetes always read them. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError("not text")
-    if ":" not in value and len(value) < 64:
-        value = _LEADING_ZEROS.sub("", value)
-    return ipaddress.ip_address(value)
+    return ipaddress.ip_address(_without_zeros(value))
+
+
+def _without_zeros(text: str) -> str:
+    return text if ":" in text or len(text) >= 64 else _LEADING_ZEROS.sub("", text)
 
 
 def show(value: object) -> str:
