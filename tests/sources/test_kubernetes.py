@@ -183,6 +183,31 @@ def test_an_unknown_node_is_told_of(api: APIServer, run: Run, caplog: pytest.Log
     assert "--hostname-override" in caplog.text
 
 
+def test_a_node_that_is_gone_is_what_it_was_last(api: APIServer, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """The machine may run on for a while, and load balancers must not send it clients again."""
+    leaving = Node(NODE, "zone-a", leaving=True)
+
+    def listed() -> int:
+        return sum((request.kind, request.verb) == ("Node", "list") for request in api.requests)
+
+    async def main() -> None:
+        async with follow(api).running() as follower:
+            await eventually(lambda: follower.published)
+            api.put(node_object(taint="ToBeDeletedByClusterAutoscaler"))
+            await eventually(lambda: follower.last.node == leaving)
+            told = len(follower.published)
+            api.delete(NODE_OBJECT)
+            await eventually(lambda: follower.source._reflectors[2]._course.version == str(api.version))
+            follower.source.reload()
+            await eventually(lambda: listed() == 2 and sum(r.verb == "watch" for r in api.requests) == 6)
+            assert {snapshot.node for snapshot in follower.published[told - 1 :]} == {leaving}
+            api.put(node_object("zone-b"))
+            await eventually(lambda: follower.last.node == Node(NODE, "zone-b"))
+
+    run(main())
+    assert "--hostname-override" not in caplog.text
+
+
 def test_bad_objects_are_refused_alone(api: APIServer, run: Run, caplog: pytest.LogCaptureFixture) -> None:
     api.put(service("bad", "not an address", [port(80)]), endpoints("loop", ["127.0.0.1:80"]))
     nameless = service("nameless", "10.96.0.12", [port(80)])

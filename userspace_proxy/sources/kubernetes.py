@@ -113,7 +113,10 @@ class _ObjectFeed:
 
 
 class _NodeFeed:
-    """This node. Nobody waits for it: what it decides is a matter of preference."""
+    """This node. Nobody waits for it: what it decides is a matter of preference.
+
+    One that is gone is what it was last: the machine may still run, and go on leaving.
+    """
 
     def __init__(self, name: str, flush: Callable[[], None]) -> None:
         self.node = Node(name)
@@ -132,20 +135,21 @@ class _NodeFeed:
         return Node(self.node.name, zone if isinstance(zone, str) else "", leaving)
 
     async def replace(self, items: Sequence[Node]) -> None:
-        if not items:
+        if items:
+            self.node = items[0]
+        elif self.node == Node(self.node.name):
             logger.warning(
                 "the API server has no node %r, so the zone is not known; "
                 "if the node has another name there, say so by --hostname-override",
                 self.node.name,
             )
-        self.node = items[0] if items else Node(self.node.name)
         self.settled = self.listed = True
 
     def put(self, item: Node) -> None:
         self.node = item
 
     def remove(self, item: Node) -> None:
-        self.node = Node(item.name)
+        self.node = item
 
     def failed(self) -> None:
         self.settled = True
