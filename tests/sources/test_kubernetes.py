@@ -557,12 +557,33 @@ def test_what_could_not_be_saved_is_saved_at_the_end(
     directory.write_text("in the way")
 
     async def main() -> None:
-        async with follow(api, state=directory).running():
+        async with follow(api, state=directory, pace=dataclasses.replace(PACE, save_again=60.0)).running():
             await eventually(lambda: "the state is not saved" in caplog.text)
             directory.unlink()
 
     run(main())
     assert any(directory.iterdir())
+
+
+def test_what_could_not_be_saved_is_saved_when_it_can_be_without_another_change(
+    api: APIServer, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "userspace_proxy")
+    directory = tmp_path / "state"
+    directory.write_text("in the way")
+
+    async def main() -> None:
+        async with follow(api, state=directory).running() as follower:
+            saved = follower.source._saved
+            assert saved is not None
+            await eventually(lambda: "the state is not saved" in caplog.text)
+            await asyncio.sleep(5 * (PACE.save_after + PACE.save_again))
+            directory.unlink()
+            await eventually(lambda: saved.load() == follower.last)
+            await eventually(lambda: "the state is saved again" in caplog.text)
+
+    run(main())
+    assert caplog.text.count("the state is not saved") == 1, "told once, however often it is tried"
 
 
 def test_several_requests_to_list_anew_are_one(api: APIServer, run: Run) -> None:

@@ -184,6 +184,8 @@ class KubernetesSource:
         self._changed = asyncio.Event()
         """The state has changed since saving it was last begun."""
         self._written: Snapshot | None = None
+        self._unsaved: str | None = None
+        """Why the state could not be saved when that was last tried."""
         self._snapshot: Snapshot | None = None
         self._publish: Publish = lambda snapshot: None
         self._services = _ObjectFeed(self._store, self._flush, self._away.set)
@@ -261,13 +263,24 @@ class KubernetesSource:
             await asyncio.sleep(self._pace.save_after)
             self._changed.clear()
             snapshot = self._snapshot
-            if snapshot is not None and await asyncio.to_thread(self._save, saved, snapshot):
+            if snapshot is None:
+                continue
+            if await asyncio.to_thread(self._save, saved, snapshot):
                 self._written = snapshot
+            else:
+                self._changed.set()
+                await asyncio.sleep(self._pace.save_again)
 
     def _save(self, saved: SavedState, snapshot: Snapshot) -> bool:
         try:
             saved.save(snapshot)
         except OSError as error:
-            logger.warning("--state-dir: %s: %s; the state is not saved", saved.file.parent, error.strerror)
+            problem = error.strerror or str(error)
+            if problem != self._unsaved:
+                logger.warning("--state-dir: %s: %s; the state is not saved", saved.file.parent, problem)
+            self._unsaved = problem
             return False
+        if self._unsaved is not None:
+            logger.info("--state-dir: %s: the state is saved again", saved.file.parent)
+            self._unsaved = None
         return True
