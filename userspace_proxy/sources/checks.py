@@ -66,7 +66,8 @@ class Check:
     def ports(self, field: str, ports: Sequence[Port], *, of_slice: bool = False) -> list[CheckedPort]:
         """Ports with names that are their own, and numbers.
 
-        A slice's may be without a number, read as 0, and one of them without a name, whatever others it has.
+        A slice's may be without a number, or have 0, and one of them be without a name, whatever others it has: its
+        numbers are not checked by the API server.
         """
         checked = [
             self._port(f"{field}[{i}]", port, unnamed=of_slice or len(ports) == 1, numbered=not of_slice)
@@ -105,7 +106,7 @@ class Check:
             except ValueError:
                 self.refuse(f"{field}.protocol", port.protocol, ", ".join(Protocol))
         has_number = numbered or port.port is not None
-        number = self.number(f"{field}.port", port.port, 1, 65535) if has_number else 0
+        number = self.number(f"{field}.port", port.port, int(numbered), 65535) if has_number else 0
         node_port = 0 if port.node_port is None else self.number(f"{field}.nodePort", port.node_port, 0, 65535)
         return CheckedPort(port.name if isinstance(port.name, str) else "", protocol, number, node_port)
 
