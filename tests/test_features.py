@@ -21,14 +21,27 @@ from userspace_proxy.model import (
 )
 
 WEB, CALLS = ServicePortName("default", "web", "http"), ServicePortName("default", "calls", "sigtran")
-PORT = ServicePort(Protocol.TCP, 80, ("10.0.0.1",), internal_policy=TrafficPolicy.LOCAL, preference=Preference.ZONE)
+PORT = ServicePort(
+    Protocol.TCP,
+    80,
+    ("10.0.0.1",),
+    load_balancer_ips=("192.0.2.1",),
+    proxied_ips=("192.0.2.2", "192.0.2.1"),
+    internal_policy=TrafficPolicy.LOCAL,
+    preference=Preference.ZONE,
+)
 SCTP = ServicePort(Protocol.SCTP, 2905, ("10.0.0.2",))
 NEAR = Endpoint("10.1.0.1", 80, zone_hints=("a",), node_hints=("node-1",))
 LEAVING = Endpoint("10.1.0.2", 80, ready=False, terminating=True)
-SNAPSHOT = Snapshot({WEB: PORT, CALLS: SCTP}, {WEB: (NEAR, LEAVING), CALLS: (NEAR,)}, Node("node-1"))
+STILL_READY = Endpoint("10.1.0.3", 80, terminating=True)
+SNAPSHOT = Snapshot({WEB: PORT, CALLS: SCTP}, {WEB: (NEAR, LEAVING, STILL_READY), CALLS: (NEAR,)}, Node("node-1"))
 
 WITHOUT = {
-    "SCTPSupport": replace(SNAPSHOT, services={WEB: PORT}, endpoints={WEB: (NEAR, LEAVING)}),
+    "LoadBalancerIPMode": replace(
+        SNAPSHOT,
+        services={WEB: replace(PORT, load_balancer_ips=("192.0.2.1", "192.0.2.2"), proxied_ips=()), CALLS: SCTP},
+    ),
+    "SCTPSupport": replace(SNAPSHOT, services={WEB: PORT}, endpoints={WEB: (NEAR, LEAVING, STILL_READY)}),
     "ServiceInternalTrafficPolicy": replace(
         SNAPSHOT, services={WEB: replace(PORT, internal_policy=TrafficPolicy.CLUSTER), CALLS: SCTP}
     ),
@@ -37,13 +50,13 @@ WITHOUT = {
     ),
     "TopologyAwareHints": replace(
         SNAPSHOT,
-        endpoints={WEB: (replace(NEAR, zone_hints=()), LEAVING), CALLS: (replace(NEAR, zone_hints=()),)},
+        endpoints={WEB: (replace(NEAR, zone_hints=()), LEAVING, STILL_READY), CALLS: (replace(NEAR, zone_hints=()),)},
     ),
     "PreferSameTrafficDistribution": replace(
         SNAPSHOT,
-        endpoints={WEB: (replace(NEAR, node_hints=()), LEAVING), CALLS: (replace(NEAR, node_hints=()),)},
+        endpoints={WEB: (replace(NEAR, node_hints=()), LEAVING, STILL_READY), CALLS: (replace(NEAR, node_hints=()),)},
     ),
-    "ProxyTerminatingEndpoints": replace(SNAPSHOT, endpoints={WEB: (NEAR,), CALLS: (NEAR,)}),
+    "ProxyTerminatingEndpoints": replace(SNAPSHOT, endpoints={WEB: (NEAR, STILL_READY), CALLS: (NEAR,)}),
 }
 
 

@@ -15,6 +15,9 @@ from userspace_proxy.model import Endpoint, Preference, Protocol, ServicePort, S
 T = TypeVar("T")
 
 _PORTS: Mapping[str, Callable[[ServicePort], ServicePort | None]] = {
+    "LoadBalancerIPMode": lambda port: replace(
+        port, load_balancer_ips=tuple(dict.fromkeys((*port.load_balancer_ips, *port.proxied_ips))), proxied_ips=()
+    ),
     "SCTPSupport": lambda port: None if port.protocol is Protocol.SCTP else port,
     "ServiceInternalTrafficPolicy": lambda port: replace(port, internal_policy=TrafficPolicy.CLUSTER),
     "ServiceTrafficDistribution": lambda port: replace(port, preference=Preference.NONE),
@@ -23,7 +26,7 @@ _PORTS: Mapping[str, Callable[[ServicePort], ServicePort | None]] = {
 _ENDPOINTS: Mapping[str, Callable[[Endpoint], Endpoint | None]] = {
     "TopologyAwareHints": lambda endpoint: replace(endpoint, zone_hints=()),
     "PreferSameTrafficDistribution": lambda endpoint: replace(endpoint, node_hints=()),
-    "ProxyTerminatingEndpoints": lambda endpoint: None if endpoint.terminating else endpoint,
+    "ProxyTerminatingEndpoints": lambda endpoint: None if endpoint.terminating and not endpoint.ready else endpoint,
 }
 GATES = frozenset({*_PORTS, *_ENDPOINTS})
 

@@ -203,6 +203,8 @@ class ServicePort:
     """Endpoints take clients whether they are ready or not."""
     preference: Preference = Preference.NONE
     proxy_protocol: ProxyProtocol = _NO_PROXY_PROTOCOL
+    proxied_ips: tuple[str, ...] = ()
+    """Load-balancer IPs at which the load balancer wants all clients itself (`ipMode: Proxy`): not captured."""
 
     @property
     def families(self) -> tuple[IPFamily, ...]:

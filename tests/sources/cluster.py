@@ -20,7 +20,9 @@ from userspace_proxy.sources.saved import SavedState
 from userspace_proxy.sources.store import Store
 
 NODE = "node-1"
-PACE = Pace(first_delay=0.01, longest_delay=0.05, shortest_watch=0.0, stall=5.0, patience=1.0, save_after=0.05)
+PACE = Pace(
+    first_delay=0.01, longest_delay=0.05, shortest_watch=0.0, stall=5.0, patience=1.0, save_after=0.05, save_again=0.05
+)
 """As patient as tests are."""
 
 

@@ -69,8 +69,9 @@ def test_the_pairs_of_addresses_and_ports_are_limited(count):
             )
 
 
-def test_a_port_without_a_number_is_passed_over():
-    found = decode(endpoint_slice(ports=[{"name": "any"}, {"name": "http", "port": 8080}]), "f")
+@pytest.mark.parametrize("number", [None, 0])
+def test_a_port_without_a_number_is_passed_over(number):
+    found = decode(endpoint_slice(ports=[{"name": "any", "port": number}, {"name": "http", "port": 8080}]), "f")
     assert list(found.endpoints) == [ServicePortName("default", "web", "http")]
     assert not decode(endpoint_slice(ports=[{}]), "f").endpoints
 
@@ -78,6 +79,19 @@ def test_a_port_without_a_number_is_passed_over():
 def test_a_port_without_a_name():
     value = endpoint_slice(ports=[{"name": None, "port": 1}])
     assert list(decode(value, "f").endpoints) == [ServicePortName("default", "web", "")]
+
+
+def test_one_port_of_a_slice_may_be_without_a_name():
+    ports = [{"name": "", "port": 8080}, {"name": "metrics", "port": 9090}]
+    found = decode(endpoint_slice(ports=ports), "f").endpoints
+    assert {name.port: [str(e) for e in listed] for name, listed in found.items()} == {
+        "": ["10.1.0.1:8080"],
+        "metrics": ["10.1.0.1:9090"],
+    }
+    for another in ({"port": 8081}, {"name": "metrics", "port": 8081}):
+        (problem,) = problems(endpoint_slice(ports=[*ports, another]))
+        assert problem.startswith("ports[2].name: found ")
+        assert problem.endswith("allowed: a name that no other port has")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,8 @@ def test_a_port_without_a_name():
         ({"endpoints": [{"addresses": ["127.0.0.1"]}]}, "endpoints[0].addresses[0]: found '127.0.0.1 (loopback)'"),
         ({"endpoints": [{"addresses": []}]}, "endpoints[0].addresses: found []; allowed: at least one"),
         ({"endpoints": [{"addresses": ["10.1.0.1"], "conditions": {"ready": "no"}}]}, "endpoints[0].conditions.ready"),
-        ({"ports": [{"name": "a", "port": 0}]}, "ports[0].port: found 0"),
+        ({"ports": [{"name": "a", "port": -1}]}, "ports[0].port: found -1"),
+        ({"ports": [{"name": "a", "port": False}]}, "ports[0].port: found false"),
     ],
 )
 def test_slices_that_are_refused(changes, problem):

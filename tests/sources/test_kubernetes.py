@@ -183,6 +183,31 @@ def test_an_unknown_node_is_told_of(api: APIServer, run: Run, caplog: pytest.Log
     assert "--hostname-override" in caplog.text
 
 
+def test_a_node_that_is_gone_is_what_it_was_last(api: APIServer, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """The machine may run on for a while, and load balancers must not send it clients again."""
+    leaving = Node(NODE, "zone-a", leaving=True)
+
+    def listed() -> int:
+        return sum((request.kind, request.verb) == ("Node", "list") for request in api.requests)
+
+    async def main() -> None:
+        async with follow(api).running() as follower:
+            await eventually(lambda: follower.published)
+            api.put(node_object(taint="ToBeDeletedByClusterAutoscaler"))
+            await eventually(lambda: follower.last.node == leaving)
+            told = len(follower.published)
+            api.delete(NODE_OBJECT)
+            await eventually(lambda: follower.source._reflectors[2]._course.version == str(api.version))
+            follower.source.reload()
+            await eventually(lambda: listed() == 2 and sum(r.verb == "watch" for r in api.requests) == 6)
+            assert {snapshot.node for snapshot in follower.published[told - 1 :]} == {leaving}
+            api.put(node_object("zone-b"))
+            await eventually(lambda: follower.last.node == Node(NODE, "zone-b"))
+
+    run(main())
+    assert "--hostname-override" not in caplog.text
+
+
 def test_bad_objects_are_refused_alone(api: APIServer, run: Run, caplog: pytest.LogCaptureFixture) -> None:
     api.put(service("bad", "not an address", [port(80)]), endpoints("loop", ["127.0.0.1:80"]))
     nameless = service("nameless", "10.96.0.12", [port(80)])
@@ -532,12 +557,33 @@ def test_what_could_not_be_saved_is_saved_at_the_end(
     directory.write_text("in the way")
 
     async def main() -> None:
-        async with follow(api, state=directory).running():
+        async with follow(api, state=directory, pace=dataclasses.replace(PACE, save_again=60.0)).running():
             await eventually(lambda: "the state is not saved" in caplog.text)
             directory.unlink()
 
     run(main())
     assert any(directory.iterdir())
+
+
+def test_what_could_not_be_saved_is_saved_when_it_can_be_without_another_change(
+    api: APIServer, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "userspace_proxy")
+    directory = tmp_path / "state"
+    directory.write_text("in the way")
+
+    async def main() -> None:
+        async with follow(api, state=directory).running() as follower:
+            saved = follower.source._saved
+            assert saved is not None
+            await eventually(lambda: "the state is not saved" in caplog.text)
+            await asyncio.sleep(5 * (PACE.save_after + PACE.save_again))
+            directory.unlink()
+            await eventually(lambda: saved.load() == follower.last)
+            await eventually(lambda: "the state is saved again" in caplog.text)
+
+    run(main())
+    assert caplog.text.count("the state is not saved") == 1, "told once, however often it is tried"
 
 
 def test_several_requests_to_list_anew_are_one(api: APIServer, run: Run) -> None:

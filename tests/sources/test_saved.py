@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from userspace_proxy.model import (
     SessionAffinity,
     Snapshot,
 )
-from userspace_proxy.sources.saved import SavedState
+from userspace_proxy.sources.saved import FORSAKEN, SavedState
 
 SERVER = "https://192.0.2.1:6443"
 NAME, OTHER = ServicePortName("default", "web", "http"), ServicePortName("kube-system", "dns")
@@ -85,3 +88,47 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "Is a directory" in caplog.text
     with pytest.raises(OSError, match="directory"):
         state.save(SNAPSHOT)
+    assert os.listdir(tmp_path) == [state.file.name], "nothing is left over"
+
+
+def test_what_has_no_room_leaves_nothing_and_the_last_state_as_it_was(tmp_path: Path) -> None:
+    state = SavedState(tmp_path, SERVER)
+    state.save(SNAPSHOT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            state.save(SNAPSHOT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == [state.file.name]
+    assert state.load() == SNAPSHOT
+
+
+def test_several_proxies_to_a_directory_are_not_in_each_others_way(tmp_path: Path) -> None:
+    def save_often(snapshot: Snapshot) -> None:
+        state = SavedState(tmp_path, SERVER)
+        for _ in range(40):
+            state.save(snapshot)
+
+    state = SavedState(tmp_path, SERVER)
+    snapshots = [replace(SNAPSHOT, node=Node("n" * length)) for length in (1, 300, 2000)]
+    state.save(snapshots[0])
+    with ThreadPoolExecutor() as threads:
+        savers = [threads.submit(save_often, snapshot) for snapshot in snapshots]
+        while not all(saver.done() for saver in savers):
+            assert state.load() in snapshots
+        for saver in savers:
+            saver.result()
+    assert os.listdir(tmp_path) == [state.file.name]
+
+
+def test_what_a_dead_proxy_left_is_removed_and_what_another_is_writing_is_not(tmp_path: Path) -> None:
+    left, current = tmp_path / ".snapshot.jsonl.left", tmp_path / ".snapshot.jsonl.current"
+    for file in (left, current):
+        file.touch()
+    long_ago = left.stat().st_mtime - FORSAKEN - 60
+    os.utime(left, (long_ago, long_ago))
+    state = SavedState(tmp_path, SERVER)
+    state.save(SNAPSHOT)
+    assert {path.name for path in tmp_path.iterdir()} == {state.file.name, current.name}

@@ -4,6 +4,7 @@ import pytest
 
 from tests.sources.objects import only, problems, service
 from userspace_proxy.model import (
+    IPFamily,
     Preference,
     Protocol,
     ProxyProtocol,
@@ -49,6 +50,48 @@ def test_a_service_with_everything():
         affinity=SessionAffinity.CLIENT_IP,
         affinity_timeout=86400.0,
     )
+
+
+def balanced(*ingress):
+    return service(type="LoadBalancer") | {"status": {"loadBalancer": {"ingress": list(ingress)}}}
+
+
+def test_addresses_that_a_load_balancer_wants_for_itself_are_told_apart():
+    found = only(
+        balanced(
+            {"ip": "203.0.113.5", "ipMode": "Proxy"},
+            {"ip": "203.0.113.6", "ipMode": "VIP"},
+            {"ip": "203.0.113.7", "ipMode": None},
+            {"ip": "203.0.113.8", "ipMode": "OfTheFuture"},
+        )
+    )
+    assert found.load_balancer_ips == ("203.0.113.6", "203.0.113.7")
+    assert found.proxied_ips == ("203.0.113.5", "203.0.113.8")
+    captured = {portal.ip for portal in found.portals(IPFamily.IPV4)}
+    assert captured == {"10.96.0.1", "203.0.113.6", "203.0.113.7"}
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "169.254.1.1", "fe80::1", "::1", "0.0.0.0", "not an address", 7])
+@pytest.mark.parametrize("mode", ["VIP", "Proxy"])
+def test_an_address_in_the_status_that_cannot_be_captured_costs_nothing_else(ip, mode, caplog):
+    found = only(balanced({"ip": ip, "ipMode": mode}, {"ip": "192.0.2.9"}, {"hostname": "lb.example"}))
+    assert found == ServicePort(Protocol.TCP, 80, ("10.96.0.1",), load_balancer_ips=("192.0.2.9",))
+    (said,) = caplog.messages
+    assert said.startswith("f: Service shop/web: status.loadBalancer.ingress[0].ip: found ")
+    assert said.endswith("it is passed over, and the rest served")
+
+
+def test_a_load_balancer_that_has_a_name_only(caplog):
+    assert only(balanced({"hostname": "lb.example"})) == ServicePort(Protocol.TCP, 80, ("10.96.0.1",))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("status", [5, {"loadBalancer": []}, {"loadBalancer": {"ingress": "192.0.2.9"}}])
+def test_a_status_without_its_shape_costs_nothing_else(status, caplog):
+    assert only(service() | {"status": status}) == ServicePort(Protocol.TCP, 80, ("10.96.0.1",))
+    assert "f: Service shop/web: status" in caplog.text
+    (found,) = problems(service(externalIPs=[5]) | {"status": status})
+    assert found.startswith("spec.externalIPs[0]"), "what the writer is to put right"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +193,7 @@ def test_policies_and_what_goes_with_them():
         "ports": [{"name": "http", "port": 80, "nodePort": 30080}],
         "internalTrafficPolicy": "Local",
         "externalTrafficPolicy": "Local",
-        "loadBalancerSourceRanges": [" 192.0.2.0/24", "2001:DB8::/32", "192.0.2.9/24"],
+        "loadBalancerSourceRanges": [" 192.0.02.0/24", "2001:DB8::/32", "192.0.2.9/24"],
         "healthCheckNodePort": 30100,
         "publishNotReadyAddresses": True,
         "trafficDistribution": "PreferClose",

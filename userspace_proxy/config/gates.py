@@ -74,12 +74,13 @@ _ON = frozenset(_BETA_ON.split())
 _ALL = {"AllAlpha": Stage.ALPHA, "AllBeta": Stage.BETA}
 IN_USE: Mapping[str, str] = {
     "EndpointSliceProxying": "On: an API server is asked for EndpointSlices where it has them. Off: for Endpoints.",
+    "LoadBalancerIPMode": "Off: addresses of load balancers are captured whatever their ipMode is.",
     "SCTPSupport": "Off: service ports of SCTP are passed over.",
     "ServiceInternalTrafficPolicy": "Off: internalTrafficPolicy is passed over.",
     "ServiceTrafficDistribution": "Off: trafficDistribution is passed over.",
     "TopologyAwareHints": "Off: hints for zones, which endpoints carry, are passed over.",
     "PreferSameTrafficDistribution": "Off: hints for nodes, which endpoints carry, are passed over.",
-    "ProxyTerminatingEndpoints": "Off: endpoints that terminate take no more clients, even where there are no others.",
+    "ProxyTerminatingEndpoints": "Off: endpoints that terminate take clients only while they are ready.",
 }
 """What a gate changes here."""
 

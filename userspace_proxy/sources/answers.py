@@ -57,6 +57,8 @@ class Pace:
     """For the first lists; then the saved state is served meanwhile."""
     save_after: float = 5.0
     """Changes gather for so long before they are written to disk."""
+    save_again: float = 30.0
+    """After the disk would not take them."""
     resync: float = 900.0
     """Between two times that all is published again without a change."""
 

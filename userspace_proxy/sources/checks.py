@@ -41,6 +41,8 @@ class Check:
 
     def __init__(self, allow_loopback: bool) -> None:
         self.problems: list[str] = []
+        self.passed_over: list[str] = []
+        """Of what is not the writer's own: said of a part that is left out, while the rest of the object counts."""
         self._allow_loopback = allow_loopback
 
     def refuse(self, field: str, found: object, allowed: str) -> None:
@@ -61,16 +63,20 @@ class Check:
         self.refuse(field, value, f"a number from {low} to {high}")
         return 0
 
-    def ports(self, field: str, ports: Sequence[Port], *, numbered: bool = True) -> list[CheckedPort]:
-        """Ports with names that are their own, and a number, which is 0 where none is needed and none given."""
+    def ports(self, field: str, ports: Sequence[Port], *, of_slice: bool = False) -> list[CheckedPort]:
+        """Ports with names that are their own, and numbers.
+
+        A slice's may be without a number, or have 0, and one of them be without a name, whatever others it has: its
+        numbers are not checked by the API server.
+        """
         checked = [
-            self._port(f"{field}[{i}]", port, unnamed=len(ports) == 1, numbered=numbered)
+            self._port(f"{field}[{i}]", port, unnamed=of_slice or len(ports) == 1, numbered=not of_slice)
             for i, port in enumerate(ports)
         ]
         names: set[str] = set()
         for i, port in enumerate(checked):
-            if port.name and port.name in names:
-                self.refuse(f"{field}[{i}].name", port.name, "a name that no other port has")
+            if port.name in names and (port.name or of_slice):
+                self.refuse(f"{field}[{i}].name", port.name or None, "a name that no other port has")
             names.add(port.name)
         return checked
 
@@ -100,7 +106,7 @@ class Check:
             except ValueError:
                 self.refuse(f"{field}.protocol", port.protocol, ", ".join(Protocol))
         has_number = numbered or port.port is not None
-        number = self.number(f"{field}.port", port.port, 1, 65535) if has_number else 0
+        number = self.number(f"{field}.port", port.port, int(numbered), 65535) if has_number else 0
         node_port = 0 if port.node_port is None else self.number(f"{field}.nodePort", port.node_port, 0, 65535)
         return CheckedPort(port.name if isinstance(port.name, str) else "", protocol, number, node_port)
 
@@ -110,6 +116,16 @@ class Check:
         if ip is not None and not cluster:
             self._refuse_local(field, value, ip, loopback=True)
         return str(ip or "")
+
+    def status_ip(self, field: str, value: object) -> str:
+        """A load balancer's address, or empty for one that is passed over.
+
+        Whoever writes a Service cannot put right what a controller has told of it.
+        """
+        alone = Check(self._allow_loopback)
+        ip = alone.service_ip(field, value)
+        self.passed_over += alone.problems
+        return "" if alone.problems else ip
 
     def endpoint_ip(self, field: str, value: object) -> str:
         ip = self._address(field, value)
@@ -122,7 +138,7 @@ class Check:
         try:
             if not isinstance(value, str):
                 raise ValueError(value)
-            return str(ipaddress.ip_network(value.strip(), strict=False))
+            return str(ipaddress.ip_network(_without_zeros(value.strip()), strict=False))
         except ValueError:
             self.refuse(field, value, "a network, as 192.0.2.0/24 or 2001:db8::/32")
             return "0.0.0.0/32"
@@ -154,9 +170,11 @@ def parse_ip(value: object) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Read an address; leading zeros in IPv4 are decimal, as Kubernetes always read them. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError("not text")
-    if ":" not in value and len(value) < 64:
-        value = _LEADING_ZEROS.sub("", value)
-    return ipaddress.ip_address(value)
+    return ipaddress.ip_address(_without_zeros(value))
+
+
+def _without_zeros(text: str) -> str:
+    return text if ":" in text or len(text) >= 64 else _LEADING_ZEROS.sub("", text)
 
 
 def show(value: object) -> str:

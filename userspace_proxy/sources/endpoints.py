@@ -46,7 +46,7 @@ def read_slice(
     if family not in ("IPv4", "IPv6"):
         check.refuse("addressType", family, "IPv4, IPv6")
     # A port without a number stands for all of them; there is none to send a client to, so it is passed over.
-    ports = [port for port in check.ports("ports", decoded.ports or (), numbered=False) if port.port]
+    ports = [port for port in check.ports("ports", decoded.ports or (), of_slice=True) if port.port]
     listed = decoded.endpoints or ()
     if not _are_few("endpoints", len(listed) * len(ports), check):
         return None

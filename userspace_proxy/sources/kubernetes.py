@@ -113,7 +113,10 @@ class _ObjectFeed:
 
 
 class _NodeFeed:
-    """This node. Nobody waits for it: what it decides is a matter of preference."""
+    """This node. Nobody waits for it: what it decides is a matter of preference.
+
+    One that is gone is what it was last: the machine may still run, and go on leaving.
+    """
 
     def __init__(self, name: str, flush: Callable[[], None]) -> None:
         self.node = Node(name)
@@ -132,20 +135,21 @@ class _NodeFeed:
         return Node(self.node.name, zone if isinstance(zone, str) else "", leaving)
 
     async def replace(self, items: Sequence[Node]) -> None:
-        if not items:
+        if items:
+            self.node = items[0]
+        elif self.node == Node(self.node.name):
             logger.warning(
                 "the API server has no node %r, so the zone is not known; "
                 "if the node has another name there, say so by --hostname-override",
                 self.node.name,
             )
-        self.node = items[0] if items else Node(self.node.name)
         self.settled = self.listed = True
 
     def put(self, item: Node) -> None:
         self.node = item
 
     def remove(self, item: Node) -> None:
-        self.node = Node(item.name)
+        self.node = item
 
     def failed(self) -> None:
         self.settled = True
@@ -180,6 +184,8 @@ class KubernetesSource:
         self._changed = asyncio.Event()
         """The state has changed since saving it was last begun."""
         self._written: Snapshot | None = None
+        self._unsaved: str | None = None
+        """Why the state could not be saved when that was last tried."""
         self._snapshot: Snapshot | None = None
         self._publish: Publish = lambda snapshot: None
         self._services = _ObjectFeed(self._store, self._flush, self._away.set)
@@ -257,13 +263,24 @@ class KubernetesSource:
             await asyncio.sleep(self._pace.save_after)
             self._changed.clear()
             snapshot = self._snapshot
-            if snapshot is not None and await asyncio.to_thread(self._save, saved, snapshot):
+            if snapshot is None:
+                continue
+            if await asyncio.to_thread(self._save, saved, snapshot):
                 self._written = snapshot
+            else:
+                self._changed.set()
+                await asyncio.sleep(self._pace.save_again)
 
     def _save(self, saved: SavedState, snapshot: Snapshot) -> bool:
         try:
             saved.save(snapshot)
         except OSError as error:
-            logger.warning("--state-dir: %s: %s; the state is not saved", saved.file.parent, error.strerror)
+            problem = error.strerror or str(error)
+            if problem != self._unsaved:
+                logger.warning("--state-dir: %s: %s; the state is not saved", saved.file.parent, problem)
+            self._unsaved = problem
             return False
+        if self._unsaved is not None:
+            logger.info("--state-dir: %s: the state is saved again", saved.file.parent)
+            self._unsaved = None
         return True

@@ -3,7 +3,8 @@
 An object comes as a parsed value (dicts, lists, text, numbers); where it was found and how it was parsed is the
 caller's business, what is done with several of them is in `sources.store`. Fields that do not matter to a proxy are
 never looked at. Everything that does matter is untrusted: an object is taken whole or refused whole, with one
-ObjectError that tells all its problems, each as `field: found X; allowed: Y`.
+ObjectError that tells all its problems, each as `field: found X; allowed: Y`. A status is not the writer's own: what is
+wrong in it is told and passed over.
 
 Which object a value is tells `sources.identity`; the shapes of the kinds are in `sources.shapes`, and what their fields
 mean in `sources.services` and `sources.endpoints`.
@@ -60,6 +61,10 @@ def decode(value: object, where: str, *, allow_loopback: bool = False) -> Servic
         logger.debug("%s: %s: labelled for another proxy or headless; skipped", where, identity or kind)
         return None
     found = _read(decoded, kind, labels, check)
+    for path in [path for path in misshapen if path.partition(".")[0] == "status"]:
+        check.passed_over.append(misshapen.pop(path))
+    for told in check.passed_over:
+        logger.warning("%s: %s: %s; it is passed over, and the rest served", where, identity or kind, told)
     # What has not its shape was read as nothing, and people should hear of it once.
     known = tuple(f"{path}{next_}" for path in misshapen for next_ in ":.[")
     others = [problem for problem in check.problems if not problem.startswith(known)]

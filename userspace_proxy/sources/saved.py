@@ -1,7 +1,8 @@
 """The last state on disk, so that a proxy that starts while the API server is away serves what the one before it did.
 
 One file: a header line that tells version, API server, node and the digest of the rest, then a line for each service
-port. It is written beside its final name, synced and renamed, so that there is always a whole one, old or new. What
+port. It is written beside its final name, synced and renamed, so that there is always a whole one, old or new. Each
+save has a file of its own until then, because there may be several proxies to a directory; the last one counts. What
 is not exactly as it was written is told and passed over; the next state replaces it.
 
 When to write and when to read is decided in `sources.kubernetes`.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -23,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 FILE = "snapshot.jsonl"
+UNFINISHED = f".{FILE}."
+"""What names start with until they are final."""
+FORSAKEN = 600.0
+"""Seconds after which what is not final is thought to be left by a proxy that is dead. One that lives tries again."""
 
 
 class _Header(msgspec.Struct):
@@ -64,17 +71,30 @@ class SavedState:
         body = b"\n".join(lines)
         header = _Header(VERSION, self._server, snapshot.node, hashlib.sha256(body).hexdigest())
         self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = self.file.with_name(f".{FILE}.new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as opened:
-            opened.write(msgspec.json.encode(header) + b"\n" + body)
-            opened.flush()
-            os.fsync(opened.fileno())
-        new.rename(self.file)
+        descriptor, new = tempfile.mkstemp(dir=self.file.parent, prefix=UNFINISHED)
+        try:
+            with open(descriptor, "wb") as opened:
+                self._remove_forsaken(os.fstat(descriptor).st_mtime)
+                opened.write(msgspec.json.encode(header) + b"\n" + body)
+                opened.flush()
+                os.fsync(descriptor)
+            os.rename(new, self.file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(new)
+            raise
         directory = os.open(self.file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+    def _remove_forsaken(self, now: float) -> None:
+        """`now` by the file system's own clock."""
+        for left in self.file.parent.glob(f"{UNFINISHED}*"):
+            with suppress(OSError):
+                if now - left.stat().st_mtime > FORSAKEN:
+                    left.unlink()
 
     def load(self) -> Snapshot | None:
         """None: there is no state, or none that can be trusted."""

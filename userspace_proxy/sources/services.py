@@ -22,7 +22,7 @@ from userspace_proxy.model import (
 )
 from userspace_proxy.sources.checks import Check, show
 from userspace_proxy.sources.identity import Identity
-from userspace_proxy.sources.shapes import ClientIPConfig, LoadBalancer, ServiceShape, ServiceSpec
+from userspace_proxy.sources.shapes import ClientIPConfig, LoadBalancer, ServiceShape, ServiceSpec, ServiceStatus
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,7 @@ def read_service(decoded: ServiceShape, identity: Identity, check: Check) -> Ser
         return None
     cluster_ips = _read_cluster_ips(spec, given, check)
     external_ips = tuple(check.service_ip(f"spec.externalIPs[{i}]", ip) for i, ip in enumerate(spec.external_ips or ()))
-    balancer = (decoded.status and decoded.status.load_balancer) or LoadBalancer()
-    balancer_ips = tuple(
-        check.service_ip(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
-        for i, ingress in enumerate(balancer.ingress or ())
-        if ingress.ip not in (None, "")  # some clouds give a host name instead
-    )
+    balancer_ips, proxied_ips = _read_ingress(decoded.status, check)
     affinity, timeout = _read_affinity(spec, check)
     policies: dict[str, Any] = {
         "internal_policy": _read_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy, check),
@@ -84,7 +79,8 @@ def read_service(decoded: ServiceShape, identity: Identity, check: Check) -> Ser
             cluster_ips=cluster_ips,
             node_port=port.node_port,
             external_ips=tuple(dict.fromkeys(external_ips)),
-            load_balancer_ips=tuple(dict.fromkeys(balancer_ips)),
+            load_balancer_ips=balancer_ips,
+            proxied_ips=proxied_ips,
             affinity=affinity,
             affinity_timeout=timeout,
             **policies,
@@ -103,6 +99,21 @@ def _read_cluster_ips(spec: ServiceSpec, given: Sequence[Any], check: Check) -> 
     if spec.cluster_ips and spec.cluster_ip not in (None, "", given[0]):
         check.refuse("spec.clusterIP", spec.cluster_ip, f"the first of spec.clusterIPs, {show(given[0])}")
     return ips
+
+
+def _read_ingress(status: ServiceStatus | None, check: Check) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The load balancer's addresses: those to capture, and those that are the load balancer's own to serve."""
+    balancer = (status and status.load_balancer) or LoadBalancer()
+    captured: dict[str, None] = {}
+    proxied: dict[str, None] = {}
+    for i, ingress in enumerate(balancer.ingress or ()):
+        if ingress.ip in (None, ""):  # some clouds give a host name instead
+            continue
+        field = f"status.loadBalancer.ingress[{i}].ip"
+        if ip := check.status_ip(field, ingress.ip):
+            # Modes that are not known yet are left alone as well, as by kube-proxy.
+            (captured if ingress.ip_mode in (None, "", "VIP") else proxied)[ip] = None
+    return tuple(captured), tuple(proxied)
 
 
 def _read_affinity(spec: ServiceSpec, check: Check) -> tuple[SessionAffinity, float]:

@@ -49,8 +49,9 @@ class ServiceSpec(msgspec.Struct, rename="camel"):
     traffic_distribution: Any = None
 
 
-class Ingress(msgspec.Struct):
+class Ingress(msgspec.Struct, rename="camel"):
     ip: Any = None
+    ip_mode: Any = None
 
 
 class LoadBalancer(msgspec.Struct):
