@@ -314,6 +314,21 @@ def test_endpoints_where_slices_are_not_served(api: APIServer, run: Run, caplog:
     assert "endpointslices are not served; endpoints are followed instead" in caplog.text
 
 
+def test_slices_are_looked_for_again_though_no_watch_ends_well(api: APIServer, run: Run) -> None:
+    """A quiet cluster whose watches all break off would else be followed by Endpoints for ever."""
+    api.put(old_endpoints("web", "10.1.0.5"))
+    api.not_served.add("EndpointSlice")
+    api.manner = only("Endpoints", "watch", Manner(silent=0))
+
+    async def main() -> None:
+        async with follow(api, pace=dataclasses.replace(PACE, stall=0.1)).running() as follower:
+            await eventually(lambda: follower.addresses("web") == ["10.1.0.5:8080"])
+            api.not_served.clear()
+            await eventually(lambda: follower.addresses("web") == ["10.1.0.2:8080"])
+
+    run(main())
+
+
 def test_endpoints_where_slices_are_not_wanted(api: APIServer, run: Run) -> None:
     api.put(old_endpoints("web", "10.1.0.5"))
 

@@ -105,11 +105,13 @@ class Reflector(Generic[Item]):
             if not self._course.version:
                 await self._list()
                 return 0.0
-            return await self._watch(started)
+            delay = await self._watch(started)
         except APIError as error:
             delay = self._course.failed(error, self._clock() - started)
             self._tell(error)
-            return delay
+        if self._resource is not self._resources[0]:
+            self._course.start_over()  # the better one may be served by now
+        return delay
 
     async def _list(self) -> None:
         for resource in self._resources:
@@ -166,8 +168,6 @@ class Reflector(Generic[Item]):
                     self._feed.flush()
             finally:
                 self._feed.flush()
-        if resource is not self._resources[0]:
-            self._course.start_over()  # the better one may be served by now
         return self._course.watched(self._clock() - started, progress=bool(progress))
 
     def _take(self, resource: Resource, line: bytes) -> None:
