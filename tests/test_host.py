@@ -90,6 +90,22 @@ def test_what_connections_are_spoken_on(ip: str) -> None:
             assert host.spoken_on(()) == set()
 
 
+@pytest.mark.privileged
+@pytest.mark.parametrize(("family", "prefix"), [(socket.AF_INET, ""), (socket.AF_INET6, "::ffff:")])
+def test_connections_are_spoken_on_at_their_far_end_too(family: int, prefix: str) -> None:
+    """By sockets of IPv6 as well. Who only tries to connect is none."""
+    with Namespace() as node, Namespace() as other:
+        node.connect(other, "10.1.0.1/24", "10.1.0.2/24")
+        with other.entered():
+            server = socket.create_server(("10.1.0.2", 80))
+        with server, node.entered(), socket.socket(family) as client, socket.socket(family) as trying:
+            client.connect((f"{prefix}10.1.0.2", 80))
+            trying.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                trying.connect((f"{prefix}10.1.0.3", 80))
+            assert host.spoken_on({"10.1.0.2", "10.1.0.3"}) == {"10.1.0.2"}
+
+
 OURS = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"
 
 

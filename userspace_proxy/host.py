@@ -20,8 +20,8 @@ from userspace_proxy.model import IPFamily, family_of
 _AF = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
 _CLOSED_NOT_DELIVERED = frozenset(("04", "09", "0B"))
 """FIN_WAIT1, LAST_ACK and CLOSING, as /proc/net/tcp has them."""
-_NOT_CONNECTED = ("06", "07", "0A")
-"""TIME_WAIT, CLOSE and LISTEN."""
+_NOT_CONNECTED = frozenset(("02", "06", "07", "0A"))
+"""SYN_SENT, TIME_WAIT, CLOSE and LISTEN."""
 _OPEN_TO_CLIENTS = frozenset(("0A", "07"))
 """LISTEN of TCP, and what an unconnected UDP socket is."""
 _UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -91,9 +91,22 @@ def undelivered(ports: Collection[int]) -> int:
 
 
 def spoken_on(ips: Collection[str]) -> set[str]:
-    """Those of these addresses that TCP connections of this host have. Blocks for a millisecond a thousand sockets."""
+    """Those of these addresses that TCP connections of this host have at either end.
+
+    Who only tries to connect is none, or clients that never give up would keep an address for ever. Blocks for a
+    millisecond a thousand sockets.
+    """
+    if not ips:
+        return set()
     written = {_written(ip): ip for ip in ips}
-    found = {local.partition(":")[0] for _, local, _, state, _ in _sockets("tcp") if state not in _NOT_CONNECTED}
+    # Sockets of IPv6 speak IPv4 as well.
+    written |= {_written(f"::ffff:{ip}"): ip for ip in ips if family_of(ip) is IPFamily.IPV4}
+    found = {
+        place.partition(":")[0]
+        for _, *ends, state, _ in _sockets("tcp")
+        if state not in _NOT_CONNECTED
+        for place in ends
+    }
     return {written[address] for address in found & written.keys()}
 
 

@@ -73,14 +73,26 @@ class Talk(NamedTuple):
     goes_on: Callable[[], bool]
 
 
-def test_deleting_the_last_service_leaves_its_connections(node: Node, pod: Namespace, capture: str) -> None:
-    node.start()
-    with talking(pod, WEB_IPS, 80) as talk:
-        node.apply()
-        eventually(lambda: not node.rows() and (capture == "local" or not any(map(node.captures, WEB_IPS))))
-        for _ in range(3):
-            assert talk.goes_on()
-        assert not any(is_answered(pod, ip, 80) for ip in WEB_IPS)
+def test_connections_outlive_their_services_address_and_then_the_service(node: Node, pod: Namespace) -> None:
+    """Those of the node's own clients need a way to the address still, which is there as long as they are."""
+    later = ["10.96.0.20", "fd00:96::20"]
+    node.start("--iptables-sync-period=500ms", "--iptables-min-sync-period=100ms")
+    with talking(pod, WEB_IPS, 80) as pods, talking(node.net, WEB_IPS, 80) as own:
+        for objects, ips in (((service("web", later, [port(80)]), *WEB_ENDPOINTS), later), ((), [])):
+            node.apply(*objects)
+            eventually(lambda ips=ips: all(node.captures(ip, 80) is (ip in ips) for ip in WEB_IPS + later))
+            for _ in range(3):
+                assert pods.goes_on()
+                assert own.goes_on()
+            assert not is_answered(pod, WEB_IPS[0], 80)
+        eventually(lambda: ways(node) == set(WEB_IPS))
+    eventually(lambda: not ways(node))
+
+
+def ways(node: Node) -> set[str]:
+    """The addresses that the proxy keeps routes to."""
+    listed = [node.net.run(f"ip -{family} route show table all proto 117") for family in "46"]
+    return {line.removeprefix("local ").split()[0] for text in listed for line in text.splitlines()}
 
 
 @pytest.mark.parametrize("second", [True, False], ids=["second signal", "drain timeout"])

@@ -83,7 +83,7 @@ class Local:
             difference = Difference(tuple(before - now), tuple(now - before))
         gone, new = self._exchange(difference)
         gone |= self._spoken_on - self._wanted.keys()
-        self._spoken_on = spoken_on(self._routed(gone)) if gone else set()
+        self._spoken_on = spoken_on(self._routed(gone))
         gone -= self._spoken_on
         looked_at = set(self._wanted) if thoroughly else new | (self._unmet & self._wanted.keys())
         foreign = {ip for ip in looked_at if self._is_foreign(ip)}

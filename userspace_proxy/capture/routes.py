@@ -16,7 +16,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from userspace_proxy.capture.netlink import ACK, CREATE, EXCLUSIVE, Netlink, attribute, attributes, message
@@ -68,6 +68,10 @@ class Routes:
     def __contains__(self, ip: str) -> bool:
         """Whether it has a route of ours."""
         return ip in self._ours
+
+    def __iter__(self) -> Iterator[str]:
+        """The addresses that have one."""
+        return iter(self._ours)
 
     def close(self) -> None:
         self._netlink.close()

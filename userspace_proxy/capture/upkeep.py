@@ -1,7 +1,9 @@
 """What a netfilter capture sees to beside its rules: that portals are routed, and that no UDP flow goes astray.
 
-It follows the redirects that are in force, told as differences, so that a change costs what changed. How rules get
-into the kernel, and that they are there before this is told of them, is each capture's own.
+It follows the redirects that are in force, told as differences, so that a change costs what changed. An address that
+no portal has any more keeps its way until the last connection of the node to it has ended: without, packets of the
+node's own clients would go nowhere, and nobody would reset them. How rules get into the kernel, and that they are there
+before this is told of them, is each capture's own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from userspace_proxy.capture import conntrack
 from userspace_proxy.capture.conntrack import Place
 from userspace_proxy.capture.routes import Routes
+from userspace_proxy.host import spoken_on
 from userspace_proxy.model import IPFamily, Protocol, Redirect
 
 
@@ -27,6 +30,8 @@ class Upkeep:
         """Where redirects take hold, and the proxy port they lead to."""
         self._stale: set[Place] = set()
         """Where conntrack may still send UDP flows to a wrong place."""
+        self._spoken_on: set[str] = set()
+        """Addresses that no portal has any more, while connections do. Looked at again with every change."""
         self._begun = False
         """Whether there are no routes but for what has been followed."""
 
@@ -58,12 +63,15 @@ class Upkeep:
         for ip in gone_ips:
             if not self._ips[ip]:
                 del self._ips[ip]
-        if thoroughly or not self._begun:
+        thoroughly = thoroughly or not self._begun
+        left = {ip for ip in (self._routes if thoroughly else gone_ips | self._spoken_on) if ip not in self._ips}
+        self._spoken_on = spoken_on({ip for ip in left if ip in self._routes})
+        if thoroughly:
             self._begun = True
             self._routes.reread()
-            problems = self._routes.serve([ip for ip in self._ips if ip])
+            problems = self._routes.serve([*(ip for ip in self._ips if ip), *self._spoken_on])
         else:
-            problems = self._routes.change([ip for ip in gone_ips if ip not in self._ips], new_ips - {""})
+            problems = self._routes.change(left - self._spoken_on, new_ips - {""})
         return [*problems.values(), *self._flush_stale()]
 
     def end(self) -> tuple[list[str], list[str]]:
