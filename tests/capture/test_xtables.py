@@ -57,6 +57,16 @@ def chains_of(namespace, family):
 
 @pytest.mark.parametrize(("how", "use_library"), WAYS)
 @pytest.mark.parametrize("family", IPFamily)
+def test_no_table_is_made_but_those_with_rules_of_ours(node, family, how, use_library):
+    """Hooks of each would be on the way of every packet, from then on."""
+    names = "ip6_tables_names" if family is IPFamily.IPV6 else "ip_tables_names"
+    assert node.run(f"cat /proc/net/{names}") == ""
+    ask(node, opening(family, use_library=use_library), Replace(mixed(family)), Replace(()), Close(), **how)
+    assert set(node.run(f"cat /proc/net/{names}").split()) == {"filter", "nat"}
+
+
+@pytest.mark.parametrize(("how", "use_library"), WAYS)
+@pytest.mark.parametrize("family", IPFamily)
 def test_the_kernel_holds_what_was_rendered_and_it_reads_back_the_same(node, family, how, use_library):
     start = opening(family, use_library=use_library)
     _, first, again, fewer, more, disorderly = ask(

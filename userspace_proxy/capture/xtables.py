@@ -117,6 +117,9 @@ class Library:
         six = family is IPFamily.IPV6
         self._table_class = self._iptc.Table6 if six else self._iptc.Table
         self._rule_class = self._iptc.Rule6 if six else self._iptc.Rule
+        # It looks for the target of a jump in all of these. To look into a table has the kernel register it, and from
+        # then on every packet of the host pass its hooks.
+        self._table_class.ALL = list(rules.OWNED)
         self._texts: dict[bytes, str] = {}
 
     def read(self, table: str) -> Chains:
