@@ -114,16 +114,20 @@ def test_each_client_meets_one_and_the_same_whenever_it_serves(
 
 
 def test_affinity_is_switched_while_it_serves(group: Group, protocol: Protocol, family: IPFamily) -> None:
+    """For connections, that is. Datagrams of a client meet the same as before, whatever is switched."""
     group.serve(steered=True)
     steered = table(group, protocol, family)
     group.steer(False)
     client = clients(family)[0]
-    assert len({meets(group, protocol, family, client) for _ in range(64)}) > 1
+    alone = protocol is Protocol.UDP
+    assert (len({meets(group, protocol, family, client) for _ in range(64)}) == 1) is alone
     group.steer(True)
     assert table(group, protocol, family) == steered
     group.refuse()
     group.serve(steered=False)
-    assert len({meets(group, protocol, family, client) for _ in range(64)}) > 1
+    assert (len({meets(group, protocol, family, client) for _ in range(64)}) == 1) is alone
+    if alone:
+        assert table(group, protocol, family) == steered
 
 
 def test_it_is_refused_wherever_else_the_sockets_are_held(group: Group, protocol: Protocol, family: IPFamily) -> None:

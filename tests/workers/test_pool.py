@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -289,40 +289,56 @@ def test_a_death_costs_only_the_workers_own_connections(start: Start) -> None:
         assert served[1] > 300
 
 
-def test_flows_of_others_are_not_disturbed_and_those_of_the_dead_go_on(start: Start) -> None:
+@contextlib.contextmanager
+def flows(start: Start) -> Iterator[tuple[ProxyThread, Callable[[], list[int]]]]:
+    """Clients of many addresses, and a way to ask where each one's datagrams come from, as their endpoint sees it."""
     endpoint = listener(V4, Protocol.UDP)
     proxy = start(Protocol.UDP, V4, [address(endpoint)], idle_timeout=60)
-    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(24)]
+    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in clients(V4)]
+
+    def sources() -> list[int]:
+        found = []
+        for number, sock in enumerate(socks):
+            sock.send(b"%d" % number)
+            datagram, source = endpoint.recvfrom(100)
+            assert datagram == b"%d" % number
+            endpoint.sendto(datagram, source)
+            assert sock.recv(100) == datagram
+            found.append(source[1])
+        return found
+
     with closing([socks]), endpoint:
-        for sock in socks:
+        for client, sock in zip(clients(V4), socks, strict=True):
+            sock.bind((client, 0))
             sock.settimeout(10)
             sock.connect(proxy.address)
+        yield proxy, sources
 
-        def sources() -> list[int]:
-            """Where each client's datagram comes from, as the endpoint sees it; it gets its answer as well."""
-            found = []
-            for number, sock in enumerate(socks):
-                sock.send(b"%d" % number)
-                datagram, source = endpoint.recvfrom(100)
-                assert datagram == b"%d" % number
-                endpoint.sendto(datagram, source)
-                assert sock.recv(100) == datagram
-                found.append(source[1])
-            return found
 
+def test_flows_of_others_are_not_disturbed_and_those_of_the_dead_go_on(start: Start) -> None:
+    with flows(start) as (proxy, sources):
         before = sources()
         assert sources() == before
-        assert proxy.counts.active == len(socks)
+        assert proxy.counts.active == len(before)
         # To a worker that is dead and not replaced yet, datagrams wait.
         victim = pids(proxy)[0]
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: not alive(victim))
         after = sources()
         kept = sum(one == other for one, other in zip(before, after, strict=True))
-        assert 0 < kept < len(socks)
-        assert proxy.ended() == {Outcome.WORKER_DIED: len(socks) - kept}
-        assert proxy.counts.active == len(socks)
+        assert 0 < kept < len(before)
+        assert proxy.ended() == {Outcome.WORKER_DIED: len(before) - kept}
+        assert proxy.counts.active == len(before)
         assert sources() == after
+
+
+def test_flows_stay_where_they_are_as_affinity_is_switched(start: Start) -> None:
+    with flows(start) as (proxy, sources):
+        before = sources()
+        for affinity in (SessionAffinity.CLIENT_IP, SessionAffinity.NONE, SessionAffinity.CLIENT_IP):
+            proxy.call(proxy.balancer.configure, affinity, 100.0)
+            heard(proxy)
+            assert sources() == before
 
 
 def test_counts_are_summed_and_do_not_fall_when_a_worker_dies(start: Start) -> None:

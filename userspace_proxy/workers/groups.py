@@ -24,7 +24,7 @@ from userspace_proxy.workers.steering import steer, unsteer
 
 
 class Group(typing.Protocol):
-    """Refusing at first. `steered`: all of a client address's traffic goes to one worker."""
+    """Refusing at first. `steered`: all connections of a client address go to one worker. Its datagrams always do."""
 
     @property
     def sockets(self) -> Sequence[socket.socket]:
@@ -40,7 +40,7 @@ class Group(typing.Protocol):
         """Have the kernel refuse clients, in whatever hands the sockets are, and keep the port. Raises PortError."""
 
     def steer(self, steered: bool) -> None:
-        """Change, while serving, how clients are spread."""
+        """Change, while serving, how connections are spread."""
 
     def screen(self, networks: Sequence[str] | None) -> None:
         """Hear only clients from these networks, now and whenever it serves. Raises PortError."""
@@ -115,7 +115,11 @@ class TCPGroup:
 
 
 class UDPGroup:
-    """Sockets made anew for each time of serving, and a claim in their place while refusing."""
+    """Sockets made anew for each time of serving, and a claim in their place while refusing.
+
+    Always steered: a connection is one worker's from its start, but each datagram is placed anew, so that flows would
+    lose their worker, and with it their endpoint, whenever another way to spread them began.
+    """
 
     def __init__(self, family: IPFamily, ip: str, port: int, count: int) -> None:
         self.sockets: list[socket.socket] = []
@@ -131,13 +135,12 @@ class UDPGroup:
         made: list[socket.socket] = []
         try:
             for _ in range(self._count):
-                made.append(self._bind(deaf=steered))
+                made.append(self._bind_deaf())
                 # Leaving later, the claim, which may be a member, would put the last one in the first place.
                 self._give_up_claim()
-            if steered:
-                steer(made[0], self._family, self._count)
-                for sock in made:
-                    screen(sock, self._family, self._networks)
+            steer(made[0], self._family, self._count)
+            for sock in made:
+                screen(sock, self._family, self._networks)
         except (OSError, PortError) as error:
             self.sockets = made
             self.refuse()
@@ -149,10 +152,10 @@ class UDPGroup:
         for sock in self.sockets:
             screen(sock, self._family, networks)
 
-    def _bind(self, *, deaf: bool) -> socket.socket:
+    def _bind_deaf(self) -> socket.socket:
         def prepare(sock: socket.socket) -> None:
             udp.prepare(sock)
-            screen(sock, self._family, () if deaf else self._networks)
+            screen(sock, self._family, ())
 
         return bind(self._family, socket.SOCK_DGRAM, self._ip, self._port, beside_ours=True, prepare=prepare)
 
@@ -182,10 +185,7 @@ class UDPGroup:
         self.sockets = []
 
     def steer(self, steered: bool) -> None:
-        if steered:
-            steer(self.sockets[0], self._family, self._count)
-        else:
-            unsteer(self.sockets[0])
+        """They are already, and remain so."""
 
     def close(self) -> None:
         self._retire()
