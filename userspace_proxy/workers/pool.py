@@ -256,7 +256,8 @@ class Worker:
         status = await program.ended()
         self.program = None
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        logger.error("worker %d %s; its sessions are reset, some %d", self.index, how, sum(self.active.values()))
+        # Not how many: its last report may be some seconds old.
+        logger.error("worker %d %s; its connections are reset", self.index, how)
         for answer in list(self._asked.values()):
             answer.cancel()
         self._pool.take_back(self)
