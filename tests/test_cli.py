@@ -213,7 +213,7 @@ def test_nothing_of_a_former_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(cli, "serve", serve)
     monkeypatch.setattr(cli.logs, "set_up", lambda *_: None)
-    monkeypatch.setattr(cli, "end_at_once_on_signals", lambda: None)
+    monkeypatch.setattr(cli, "answer_signals", lambda: None)
     assert cli._run(Config(), []) == 0
     assert alive == [0, 0, 0]
 

@@ -26,7 +26,7 @@ from userspace_proxy import __version__, check, completion, logs
 from userspace_proxy.app import serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
-from userspace_proxy.early import end_at_once_on_signals
+from userspace_proxy.early import answer_signals
 from userspace_proxy.environment import exports
 from userspace_proxy.exceptions import ConfigError, UserspaceProxyError
 from userspace_proxy.manual import help_text
@@ -75,7 +75,7 @@ def _run(config: Config, arguments: Sequence[str]) -> int:
             return _explain(group)
         except UserspaceProxyError as error:
             return _explain(ExceptionGroup("", [error]))
-        end_at_once_on_signals()
+        answer_signals()
         # The one that has ended is in what was frozen once it had started.
         gc.unfreeze()
         gc.collect()
