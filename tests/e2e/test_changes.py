@@ -200,4 +200,3 @@ def test_a_node_port_passes_to_another_service(node: Node, pod: Namespace) -> No
     eventually(lambda: programs.curl_status(pod, "10.1.0.1", 30080) == CONNECTION_REFUSED)
     assert not node.rows()["second:http"]["problems"]
     assert is_served(pod, IPS[0])
-    assert "cannot be had" not in node.log(), "for a moment, in the middle of a sync"
