@@ -58,8 +58,12 @@ def test_without_permission_it_says_what_to_do(node):
     unprivileged = "setpriv --bounding-set=-all --inh-caps=-all"
     capture, findings = found(node, on=unprivileged)
     assert capture == "local"
-    assert findings["capture iptables"]["todo"].startswith("run as root")
+    assert findings["capture iptables"]["todo"] == "run as root, or with CAP_NET_ADMIN and CAP_NET_RAW"
     assert findings["capture nftables"]["todo"] == "run as root, or with CAP_NET_ADMIN"
+    for way in ("iptables", "nftables"):
+        assert "IPv6 is not available" in findings[f"capture {way}"]["found"]
+        assert "run as root" not in findings[f"capture {way}"]["found"]
+    assert findings["conntrack"]["todo"].startswith("for UDP Services: run as root;")
     assert findings["capture local"]["state"] == "limited"
     assert "only addresses that this host has" in findings["capture local"]["found"]
     assert "unshare -Urn" in findings["CAP_NET_ADMIN"]["todo"]
@@ -103,6 +107,13 @@ def test_the_table(node):
         "",
         "what was asked for does not work here",
     ]
+
+
+def test_each_familys_problem_has_its_own_advice():
+    both = "IPv4 is not available: no table nat: load it; then go on; IPv6 is not available: no program: install it"
+    wrong = "IPv4 is not available: no table nat; IPv6 is not available: no program"
+    assert check._split(both) == (wrong, "load it; then go on; install it")
+    assert check._split("nothing works") == ("nothing works", "")
 
 
 def test_a_kernel_without_splice(monkeypatch):

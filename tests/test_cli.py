@@ -19,6 +19,7 @@ from userspace_proxy import __version__, cli
 from userspace_proxy.config import Config
 from userspace_proxy.config.document import render
 from userspace_proxy.exceptions import CaptureError, ConfigError
+from userspace_proxy.sockets.base import LEAST_DESCRIPTORS
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -213,7 +214,7 @@ def test_nothing_of_a_former_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(cli, "serve", serve)
     monkeypatch.setattr(cli.logs, "set_up", lambda *_: None)
-    monkeypatch.setattr(cli, "end_at_once_on_signals", lambda: None)
+    monkeypatch.setattr(cli, "answer_signals", lambda: None)
     assert cli._run(Config(), []) == 0
     assert alive == [0, 0, 0]
 
@@ -225,3 +226,15 @@ def test_a_change_that_could_not_be_started_with_is_no_change(tmp_path: Path) ->
     )
     with pytest.raises(ConfigError, match="/not/there"):
         cli._parse_again([f"--config={tmp_path}/config"])
+
+
+@pytest.mark.parametrize("most", [8, 16, LEAST_DESCRIPTORS - 1])
+def test_with_too_few_descriptors_it_does_not_begin(tmp_path: Path, most: int) -> None:
+    command = f"ulimit -n {most}; exec {sys.executable} -m userspace_proxy --capture none --manifests {tmp_path}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(
+        f"ERROR   {most} open files allowed; needed: at least {LEAST_DESCRIPTORS}, and two for each connection; "
+        "raise the limit (ulimit -n, LimitNOFILE)"
+    )

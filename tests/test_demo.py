@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -165,3 +166,27 @@ demo.main(["--version"])
     assert "Address already in use" in done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def table(lines: Iterable[str]) -> list[list[str]]:
+    """What the table says, but for what is random in it: proxy ports, and whose turn is first."""
+    found = [line.strip("\n") for line in lines]
+    start = next(number for number, line in enumerate(found) if "SERVICE PORT" in line)
+    heading = found[start]
+    edges = [heading.index(name) for name in ("SERVICE PORT", "ADDRESS", "NODE PORT", "PROXY PORT", "ENDPOINTS")]
+    rows = []
+    for line in itertools.takewhile(str.strip, found[start:]):
+        name, address, node_port, _, endpoints = (line[i:j].strip() for i, j in itertools.pairwise([*edges, None]))
+        rows.append([name, address, node_port, *sorted(endpoints.split(", "))])
+    return rows
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    code = f"import runpy, sys; sys.argv[1:] = ['--capture=local']; runpy.run_path({str(DEMO)!r}, run_name='__main__')"
+    with subprocess.Popen(in_namespace(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as proxy:
+        try:
+            assert proxy.stdout is not None
+            printed = list(itertools.takewhile(lambda line: "curl" not in line, proxy.stdout))
+        finally:
+            proxy.terminate()
+    assert table((DEMO.parent.parent / "README.md").read_text(encoding="utf-8").splitlines()) == table(printed)

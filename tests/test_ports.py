@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from userspace_proxy.config import PortRange
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.model import IPFamily, Portal, PortalKind, Protocol, ServicePortName, SocketKey
-from userspace_proxy.ports import Conflict, ProxyPorts, assign
+from userspace_proxy.ports import Conflict, ProxyPorts, advice, assign
 
 V4, V6 = IPFamily.IPV4, IPFamily.IPV6
 
@@ -41,6 +42,20 @@ class Loaded:
         return fall
 
 
+@pytest.mark.parametrize(
+    ("code", "bind", "words"),
+    [
+        (errno.EADDRINUSE, "0.0.0.0", "see --proxy-port-range"),
+        (errno.EADDRNOTAVAIL, "8.8.8.8", "--bind-address=0.0.0.0"),
+        (errno.EADDRNOTAVAIL, "0.0.0.0", "ip link set lo up"),
+        (errno.EMFILE, "8.8.8.8", "ulimit -n"),
+    ],
+)
+def test_advice_fits_what_is_wrong(code: int, bind: str, words: str) -> None:
+    assert words in advice(code, bind, V4)
+    assert not advice(errno.ENOMEM, bind, V4)
+
+
 class TestProxyPorts:
     @given(st.integers(1, 65535), st.integers(0, 400), st.randoms(use_true_random=False))
     def test_every_free_port_comes_exactly_once(self, first: int, size: int, rng: random.Random) -> None:
@@ -55,6 +70,14 @@ class TestProxyPorts:
 
     def test_the_whole_range_of_numbers(self) -> None:
         assert set(ProxyPorts(PortRange(1, 65535), random.Random(1)).candidates()) == set(range(1, 65536))
+
+    def test_that_there_is_none_is_explained(self) -> None:
+        ports = ProxyPorts(PortRange(30000, 30001), random.Random(1))
+        ports.take(30000)
+        assert "is a node port" in ports.exhausted({30001})
+        assert "is a node port" in ports.exhausted({30000, 30001})
+        ports.take(30001)
+        assert ports.exhausted({30001}).startswith("every port of 30000-30001 is taken by a service port;")
 
     def test_order_is_random(self) -> None:
         ports = ProxyPorts(PortRange(30000, 32767), random.Random(7))

@@ -38,3 +38,14 @@ def test_what_concerns_both_families_is_logged_once(caplog: pytest.LogCaptureFix
         assert [problems.of(key) for key in keys] == [["no such protocol"]] * 2
     problems.note(keys[1], "no port")
     assert [r.getMessage() for r in caplog.records] == [f"{NAME}: no such protocol", f"{NAME}: no port"]
+
+
+def test_what_has_passed_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    problems = Problems()
+    problems.forget(KEY, "never noted")
+    for message in ("no port", "no address"):
+        problems.note(KEY, message)
+    problems.forget(KEY, "no port")
+    assert problems.of(KEY) == ["no address"]
+    problems.forget(KEY, "no address")
+    assert not len(problems)

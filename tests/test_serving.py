@@ -47,7 +47,12 @@ UDP = ServicePort(Protocol.UDP, 80, ("127.96.0.1",))
 
 @contextmanager
 def serving(
-    *, networks: tuple[str, ...] = (), strangers: bool = False, room: Callable[[], bool] = lambda: True
+    *,
+    networks: tuple[str, ...] = (),
+    strangers: bool = False,
+    room: Callable[[], bool] = lambda: True,
+    bind: str = "0.0.0.0",
+    ports: tuple[int, int] = (20000, 29999),
 ) -> Iterator[Serving]:
     poller = Poller(asyncio.get_running_loop())
     metrics, descriptors = Metrics(), Descriptors(100)
@@ -58,8 +63,8 @@ def serving(
     made = Serving(
         sockets,
         metrics,
-        bind={V4: "0.0.0.0"},
-        port_range=PortRange(20000, 29999),
+        bind={V4: bind},
+        port_range=PortRange(*ports),
         nodeport_networks=networks,
         strangers=strangers,
         room=room,
@@ -117,11 +122,49 @@ def test_what_cannot_serve_is_tried_again(run: Run) -> None:
             claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
             made.follow({NAME: (Endpoint("127.0.0.1", 9),)})
             assert not made.catch_up(1)
-            assert made.failed == {KEY}
+            assert list(made.failed) == [KEY]
             assert "cannot be had" in made.problems.of(KEY)[0]
             claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             made.retry()
             assert not made.failed
+            assert not made.problems.of(KEY)
+
+    run(main())
+
+
+def test_what_the_same_sync_solves_is_not_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        with serving() as made:
+            made.follow({NAME: (Endpoint("127.0.0.1", 9),)})
+            assert made.open(KEY, UDP, ())
+            for solved in (True, False):
+                made.served[KEY].socket.refuse()
+                claim = made.served[KEY].socket._claim  # type: ignore[attr-defined]
+                claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+                made.adopt([NAME], {NAME: dataclasses.replace(UDP, port=81 + solved)})
+                assert made.failed
+                claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(solved))
+                made.retry()
+                assert bool(made.failed) is bool(made.problems.of(KEY)) is not solved
+                assert sum(r.levelname == "WARNING" for r in caplog.records) == (not solved)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("bind", "node_ports", "told"),
+    [
+        ("192.0.2.9", (), "give this host the address, or write --bind-address=0.0.0.0 for all that it has"),
+        ("0.0.0.0", {25000}, "every port of 25000-25000 is a node port, or taken by a service port"),
+    ],
+)
+def test_no_proxy_port_names_the_flag_that_is_the_reason(run: Run, bind: str, node_ports: set[int], told: str) -> None:
+    async def main() -> None:
+        with serving(bind=bind, ports=(25000, 25000)) as made:
+            assert not made.open(KEY, TCP, node_ports)
+            (problem,) = made.problems.of(KEY)
+            assert told in problem
+            assert ("--proxy-port-range" in problem) is bool(node_ports)
 
     run(main())
 

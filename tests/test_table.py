@@ -43,18 +43,35 @@ def test_without_capture_nothing_is_told_of_addresses_that_lead_nowhere() -> Non
     assert "NODE PORT" not in text
 
 
-def test_states_and_troubles_stand_where_endpoints_would() -> None:
+def test_states_stand_where_endpoints_would_and_troubles_below() -> None:
+    trouble = "10.96.0.1:80/TCP cannot be had: " + 200 * "why "
     text = render(
         [
             row("none", endpoints=[], state="refusing"),
             row("bad", endpoints=[], state="down", proxyPort=0, problems=["no proxy port"]),
-            row("part", endpoints=["10.1.0.2:80"], problems=["one address less"]),
+            row("part", port="http", endpoints=["10.1.0.2:80", "10.1.0.3:80"], problems=[trouble, "another"]),
+            row("part", port="http", scope="local endpoints", endpoints=[], state="silent", problems=[trouble]),
+            row("refused", endpoints=[], state="refusing", problems=["a third"]),
         ],
         captured=True,
     )
-    assert "none: clients are refused" in text
-    assert "no proxy port" in text
-    assert "10.1.0.2:80; one address less" in text
+    table, title, problems, _ = text.split("\n\n", 3)
+    assert [line.split("  ")[-1].strip() for line in table.splitlines()] == [
+        "ENDPOINTS",
+        "none: clients are refused",
+        "not served, see below",
+        "10.1.0.2:80, 10.1.0.3:80",
+        "none on this node: clients hear nothing",
+        "none: clients are refused",
+    ]
+    assert title == "Problems:"
+    assert [line.strip() for line in problems.splitlines()] == [
+        "default/bad: no proxy port",
+        f"default/part:http: {trouble.strip()}",
+        "default/part:http: another",
+        "default/refused: a third",
+    ]
+    assert "Problems" not in render([row("a")], captured=True)
 
 
 def test_the_line_to_paste_shows_round_robin_where_there_is_one() -> None:

@@ -57,10 +57,11 @@ def test_what_cannot_be_set_is_told_and_no_reason_to_end(sysctls: Path, caplog: 
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     room, close_wait = told
     assert room == (
-        f"--conntrack-max-per-core: {sysctls}/nf_conntrack_max, and cannot be raised: Is a directory; "
+        f"--conntrack-max-per-core: {sysctls}/nf_conntrack_max cannot be read: Is a directory; "
         "set it to 150 on the host, or --conntrack-max-per-core=0 to leave it alone"
     )
-    assert close_wait.startswith("--conntrack-tcp-timeout-close-wait: ")
+    missing = f"{sysctls}/nf_conntrack_tcp_timeout_close_wait cannot be read: No such file or directory; "
+    assert close_wait.startswith(f"--conntrack-tcp-timeout-close-wait: {missing}")
     assert close_wait.endswith("set it to 3600 on the host, or --conntrack-tcp-timeout-close-wait=0 to leave it alone")
     assert (sysctls / "hashsize").read_text() == "1\n", "it follows the limit"
 

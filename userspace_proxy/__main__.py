@@ -2,11 +2,11 @@
 
 import sys
 
-from userspace_proxy.early import end_at_once_on_signals
+from userspace_proxy.early import answer_signals
 
 
 def main() -> int:
-    end_at_once_on_signals()
+    answer_signals()
     from userspace_proxy import cli
 
     return cli.main(sys.argv[1:])

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import logging
 import os
 import platform
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,14 +207,20 @@ def _try(name: str, config: Config) -> Finding:
     try:
         asyncio.run(_start_and_close(name, config))
     except CaptureError as error:
-        why, _, todo = str(error).rpartition(": ")
-        return Finding(f"capture {name}", MISSING, why or todo, todo if why else "")
+        return Finding(f"capture {name}", MISSING, *_split(str(error)))
     finally:
         logger.removeHandler(remarks)
         logger.propagate = True
     if remarks.lines:
         return Finding(f"capture {name}", LIMITED, f"works; {'; '.join(remarks.lines)}")
     return Finding(f"capture {name}", OK, "works")
+
+
+def _split(problem: str) -> tuple[str, str]:
+    """What is wrong, and what to do about it; of a problem of both families, each has its own."""
+    parts = re.split(r"; (?=IPv[46] is not available)", problem)
+    wrong, todo = zip(*(part.rsplit(": ", 1) if ": " in part else (part, "") for part in parts), strict=True)
+    return "; ".join(wrong), "; ".join(dict.fromkeys(filter(None, todo)))
 
 
 async def _start_and_close(name: str, config: Config) -> None:
@@ -231,7 +239,8 @@ def _conntrack() -> Finding:
     try:
         conntrack.flush(IPFamily.IPV4, {place: 0})
     except OSError as error:
-        todo = "for UDP Services: modprobe nf_conntrack_netlink, as root; captures local and none need it not"
+        first = "run as root" if error.errno == errno.EPERM else "modprobe nf_conntrack_netlink, as root"
+        todo = f"for UDP Services: {first}; captures local and none need it not"
         return Finding("conntrack", MISSING, error.strerror or str(error), todo)
     most = _read("net/netfilter/nf_conntrack_max")
     return Finding("conntrack", OK, "entries can be deleted" + (f", {most} of them fit" if most else ""))

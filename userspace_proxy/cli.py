@@ -22,15 +22,16 @@ from typing import NamedTuple
 
 import uvloop
 
-from userspace_proxy import __version__, check, completion, logs
+from userspace_proxy import __version__, check, completion, host, logs
 from userspace_proxy.app import serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
-from userspace_proxy.early import end_at_once_on_signals
+from userspace_proxy.early import answer_signals
 from userspace_proxy.environment import exports
 from userspace_proxy.exceptions import ConfigError, UserspaceProxyError
 from userspace_proxy.manual import help_text
 from userspace_proxy.model import Snapshot
+from userspace_proxy.sockets.base import LEAST_DESCRIPTORS
 from userspace_proxy.sources.base import first
 from userspace_proxy.sources.choose import choose
 
@@ -63,6 +64,10 @@ def _run(config: Config, arguments: Sequence[str]) -> int:
     while following:
         config = following
         logs.set_up(config.verbosity, config.logging_format)
+        if (most := host.raise_descriptor_limit()) < LEAST_DESCRIPTORS and not config.cleanup:
+            needed = f"at least {LEAST_DESCRIPTORS}, and two for each connection"
+            logger.error("%d open files allowed; needed: %s; raise the limit (ulimit -n, LimitNOFILE)", most, needed)
+            return 1
         for notice in config.notices:
             logger.warning("%s", notice)
         if config.cleanup:
@@ -75,7 +80,7 @@ def _run(config: Config, arguments: Sequence[str]) -> int:
             return _explain(group)
         except UserspaceProxyError as error:
             return _explain(ExceptionGroup("", [error]))
-        end_at_once_on_signals()
+        answer_signals()
         # The one that has ended is in what was frozen once it had started.
         gc.unfreeze()
         gc.collect()

@@ -4,7 +4,12 @@ import os
 import signal
 
 
-def end_at_once_on_signals() -> None:
-    """While nothing has been started that would have to be ended in order, SIGTERM and SIGINT are an end in order."""
+def answer_signals() -> None:
+    """While nothing has been started, SIGTERM and SIGINT are an end in order, and SIGHUP finds all to be read anyway.
+
+    A function that does nothing, for SIGHUP, and not SIG_IGN, which programs that we start would inherit.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup ignores it, also for what we start
+        signal.signal(signal.SIGHUP, lambda *_: None)

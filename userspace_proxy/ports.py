@@ -9,6 +9,7 @@ such a port back when a listening socket is shut down, and a service port withou
 
 from __future__ import annotations
 
+import errno
 import math
 import typing
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -16,7 +17,10 @@ from dataclasses import dataclass
 
 from userspace_proxy.config import PortRange
 from userspace_proxy.exceptions import PortError
-from userspace_proxy.model import Place, Portal, SocketKey
+from userspace_proxy.model import IPFamily, Place, Portal, SocketKey
+
+ANOTHER_WILL_DO = frozenset({errno.EADDRINUSE, errno.EACCES})
+"""Where one proxy port cannot be had, and the next one may be."""
 
 
 class Dice(typing.Protocol):
@@ -58,6 +62,12 @@ class ProxyPorts:
                 yield first + port
             port = (port + stride) % count
 
+    def exhausted(self, avoid: Container[int]) -> str:
+        """Why there is no candidate."""
+        ports = range(self._range.first, self._range.last + 1)
+        avoided = "is a node port, or " if any(port in avoid for port in ports if port not in self._taken) else "is "
+        return f"every port of {self._range} {avoided}taken by a service port; see --proxy-port-range"
+
     def take(self, port: int) -> None:
         """Raises PortError if somebody has it."""
         if port in self._taken:
@@ -67,6 +77,17 @@ class ProxyPorts:
     def release(self, port: int) -> None:
         """Give a port back; one that was never taken is no fault."""
         self._taken.discard(port)
+
+
+def advice(code: int, bind: str, family: IPFamily) -> str:
+    """What to do where a proxy port cannot be had at `bind`, by `errno`; empty where that is not known."""
+    if code in ANOTHER_WILL_DO:
+        return "see --proxy-port-range"
+    if code == errno.EADDRNOTAVAIL and bind != family.wildcard:
+        return f"give this host the address, or write --bind-address={family.wildcard} for all that it has"
+    if code == errno.EADDRNOTAVAIL:
+        return f"this host has no loopback address {family.loopback}: ip link set lo up"
+    return "allow more of them (ulimit -n)" if code == errno.EMFILE else ""
 
 
 @dataclass(frozen=True, slots=True)

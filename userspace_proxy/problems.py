@@ -41,5 +41,12 @@ class Problems:
         if not said:
             logger.warning("%s: %s", key.name, message)
 
+    def forget(self, key: SocketKey, message: str) -> None:
+        """It has passed before the round was over; one that is not noted is no fault."""
+        if message in (noted := self._now.get(key.base, [])):
+            noted.remove(message)
+            if not noted:
+                del self._now[key.base]
+
     def of(self, key: SocketKey) -> list[str]:
         return list(self._now.get(key.base, ()))

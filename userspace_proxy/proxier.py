@@ -247,6 +247,7 @@ class Proxier:
             if served.service.protocol in self._capture.listens:  # addresses may have come and gone
                 self._serving.admit(key, served.admitted)
         await self._recognise_ourselves(anew=True)
+        self._serving.note_failed()
         self._serving.purge()
 
     async def _decide_and_act(self, names: set[ServicePortName], snapshot: Snapshot, *, everything: bool) -> None:

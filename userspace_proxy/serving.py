@@ -7,7 +7,6 @@ also asks the capture for traffic. Node ports are held by `claims`; what a socke
 
 from __future__ import annotations
 
-import errno
 import logging
 import random
 from collections import defaultdict, deque
@@ -39,7 +38,7 @@ from userspace_proxy.model import (
 )
 from userspace_proxy.plan import LocalPort, OwnPlaces
 from userspace_proxy.policy import NOWHERE, eligible, is_silent, sources
-from userspace_proxy.ports import ProxyPorts
+from userspace_proxy.ports import ANOTHER_WILL_DO, ProxyPorts, advice
 from userspace_proxy.problems import Problems
 from userspace_proxy.sockets.base import ProxySocket, ProxySockets
 
@@ -51,7 +50,6 @@ SLICE = 256
 TRIES = 256
 """Proxy ports tried for one service port in one sync; with more of them taken, something else is wrong."""
 
-_PORT_IS_NOT_OURS = frozenset({errno.EADDRINUSE, errno.EACCES})
 _EXTERNAL = (PortalKind.EXTERNAL_IP, PortalKind.LOAD_BALANCER_IP)
 
 
@@ -106,8 +104,8 @@ class Serving:
         """Whose endpoints changed, and who has not been told of it yet."""
         self._own = OwnPlaces(host.is_local_address)
         self._own_changed = False
-        self.failed: set[SocketKey] = set()
-        """Could not be made to serve or to refuse; tried again at the next sync."""
+        self.failed: dict[SocketKey, str] = {}
+        """Could not be made to serve or to refuse, and why; tried again at the end of a sync, and with the next one."""
 
     def keys(self, names: Iterable[ServicePortName]) -> Iterator[SocketKey]:
         """The open sockets of these service ports."""
@@ -136,12 +134,22 @@ class Serving:
         for _ in range(min(most, len(self._late))):
             for key in self._keys.get(self._late.popleft(), ()):
                 self._update(key, self.served[key])
+                if key in self.failed:
+                    self.problems.note(key, self.failed[key])
         return bool(self._late)
 
     def retry(self) -> None:
-        """Try again what could not be made to serve or to refuse."""
+        """Try again what could not be made to serve or to refuse; only what fails still is told.
+
+        A portal on its way from one service port to another is often taken before it has been given up.
+        """
         for key in list(self.failed):
             self._update(key, self.served[key])
+        self.note_failed()
+
+    def note_failed(self) -> None:
+        for key, why in self.failed.items():
+            self.problems.note(key, why)
 
     def own(self, places: Iterable[Place], *, no_more: Iterable[Place] = ()) -> None:
         """Learn which places are redirected to us."""
@@ -194,10 +202,18 @@ class Serving:
                 served.socket.serve()
             else:
                 served.socket.refuse()
-            self.failed.discard(key)
         except PortError as error:
-            self.problems.note(key, str(error))
-            self.failed.add(key)
+            self._fail(key, str(error))
+        else:
+            self._fail(key, "")
+
+    def _fail(self, key: SocketKey, why: str) -> None:
+        """To be told when it is clear that it lasts; nothing: it has passed."""
+        before = self.failed.pop(key, "")
+        if before != why:
+            self.problems.forget(key, before)
+        if why:
+            self.failed[key] = why
 
     # -- sockets
 
@@ -273,16 +289,17 @@ class Serving:
                 f"no proxy port: proxy sockets and node ports hold {self.descriptors} descriptors, and the others are "
                 "for connections; allow more (ulimit -n), or serve one family only (--bind-address)"
             )
-        reason = "every port of the range is taken by a service port"
+        reason = ""
         for _, port in zip(range(TRIES), self._proxy_ports.candidates(avoid), strict=False):
             try:
                 return self._sockets[protocol].open(key, self._bind[key.family], port, balancer, metrics)
             except (PortError, OSError) as error:
-                reason = str(error)
                 cause = error.__cause__ or error
-                if not isinstance(cause, OSError) or cause.errno not in _PORT_IS_NOT_OURS:
-                    break  # what is wrong is not the port
-        raise PortError(f"no proxy port: {reason}; see --proxy-port-range")
+                code = (isinstance(cause, OSError) and cause.errno) or 0
+                reason = "; ".join(filter(None, (str(error), advice(code, self._bind[key.family], key.family))))
+                if code not in ANOTHER_WILL_DO:
+                    break
+        raise PortError(f"no proxy port: {reason or self._proxy_ports.exhausted(avoid)}")
 
     def admit(self, key: SocketKey, portals: frozenset[Portal]) -> None:
         """Let clients in who were sent through these portals, and nobody else."""
@@ -291,15 +308,14 @@ class Serving:
         try:
             self.served[key].socket.admit(portals)
         except PortError as error:
-            self.problems.note(key, str(error))
-            self.failed.add(key)
+            self._fail(key, str(error))
 
     def close(self, key: SocketKey) -> None:
         served = self.served.pop(key)
         self._keys[key.name].remove(key)
         if not self._keys[key.name]:
             del self._keys[key.name]
-        self.failed.discard(key)
+        self.failed.pop(key, None)
         self._by_port.pop(served.socket.port, None)
         self.own((), no_more=[_proxy_place(key, served)])
         served.socket.close()

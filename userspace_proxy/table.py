@@ -1,4 +1,4 @@
-"""The service ports as a table for people, and a line to try the first one with.
+"""The service ports as a table for people, what is wrong with them, and a line to try the first one with.
 
 Made from the rows of `proxier.Proxier.report`; the same rows are JSON at /services.
 """
@@ -10,7 +10,11 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-_NO_ENDPOINTS = {"refusing": "none: clients are refused", "silent": "none on this node: clients hear nothing"}
+_NO_ENDPOINTS = {
+    "refusing": "none: clients are refused",
+    "silent": "none on this node: clients hear nothing",
+    "down": "not served, see below",
+}
 _HEADINGS = ("SERVICE PORT", "ADDRESS", "EXTERNAL", "NODE PORT", "PROXY PORT", "ENDPOINTS")
 
 
@@ -25,21 +29,28 @@ def render(rows: Sequence[Row], *, captured: bool) -> str:
     text = "\n".join("  ".join(line[n].ljust(widths[n]) for n in keep).rstrip() for line in lines)
     if not rows:
         return "no service ports yet; they are served as soon as they appear in the manifests"
-    return "\n".join(filter(None, (text, _try_line(rows, captured=captured))))
+    return "\n".join(filter(None, (text, _problems(rows), _try_line(rows, captured=captured))))
+
+
+def _name(row: Row) -> str:
+    return f"{row['namespace']}/{row['name']}" + (f":{row['port']}" if row["port"] else "")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    name = f"{row['namespace']}/{row['name']}" + (f":{row['port']}" if row["port"] else "")
-    name += f" ({row['scope']})" if row["scope"] else ""
-    endpoints = "; ".join(filter(None, (", ".join(row["endpoints"]), *row["problems"])))
     return (
-        name,
+        _name(row) + (f" ({row['scope']})" if row["scope"] else ""),
         ", ".join(f"{address}/{row['protocol']}" for address in row["clusterIPs"]),
         ", ".join(row["externalIPs"]),
         str(row["nodePort"] or ""),
         str(row["proxyPort"] or "-"),
-        endpoints or _NO_ENDPOINTS.get(row["state"], ""),
+        ", ".join(row["endpoints"]) or _NO_ENDPOINTS.get(row["state"], ""),
     )
+
+
+def _problems(rows: Sequence[Row]) -> str:
+    """A line each; the rows of a service port, one for each family and scope, may have them in common."""
+    lines = dict.fromkeys(f"    {_name(row)}: {problem}" for row in rows for problem in row["problems"])
+    return "\n".join(("\nProblems:\n", *lines)) if lines else ""
 
 
 def _try_line(rows: Sequence[Row], *, captured: bool) -> str:

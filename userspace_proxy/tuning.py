@@ -61,9 +61,9 @@ def _raise(path: Path, flag: str, least: int) -> bool:
             return False
         path.write_text(str(least))
     except OSError as error:
-        has = f"{path} is {found}" if found else str(path)
+        what = f"{path} is {found}, and cannot be raised" if found else f"{path} cannot be read"
         advice = f"set it to {least} on the host, or {flag}=0 to leave it alone"
-        logger.warning("%s: %s, and cannot be raised: %s; %s", flag, has, error.strerror, advice)
+        logger.warning("%s: %s: %s; %s", flag, what, error.strerror, advice)
         return False
     logger.info("%s: %s raised from %s to %d", flag, path, found, least)
     return True

@@ -133,6 +133,9 @@ BAD = {
         "1.2.3.4:80": "not an IP address",
         "10.0.0.0/8": "not an IP address",
         "fe80::1%eth0": "an address with a zone",
+        "224.0.0.1": "a multicast address",
+        "ff02::1": "a multicast address",
+        "255.255.255.255": "the broadcast address",
     },
     "proxy-port-range": {
         "100 - 200": "not a range of ports",

@@ -126,6 +126,17 @@ def test_a_listener_in_the_way_is_named_and_the_rest_is_served(node: Node) -> No
     eventually(lambda: answer(node.net, "10.96.0.10", 80, timeout=1) == b"one:hi")
 
 
+def test_a_portal_that_passes_to_another_service_port_is_no_problem(node: Node) -> None:
+    """Whoever gets it may be asked to listen there before the other has left."""
+    node.start("--capture=local", "--iptables-min-sync-period=0s")
+    for first, second in (("10.96.0.11", "10.96.0.10"), ("10.96.0.10", "10.96.0.11")):
+        node.apply(*web(first, name="web"), *web(second, name="another", number=80)[:1])
+        eventually(lambda ip=first: node.rows()["web:tcp"]["clusterIPs"] == [f"{ip}:80"])
+        eventually(lambda ip=first: answer(node.net, ip, 80, timeout=1) == b"one:hi")
+    assert not any(row["problems"] for row in node.services() if row["name"] == "web")
+    assert "10:80 cannot be had" not in node.log()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_five_thousand_services(node: Node, way: str) -> None:
     """In one family, because a proxy socket of each takes a descriptor, and under `local` two."""

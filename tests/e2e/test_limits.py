@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.client import DATAGRAM, answer, ask, connect, crowd
 from tests.e2e.node import Node, endpoints, port, service
 from tests.netns import Namespace, eventually
+from userspace_proxy.sockets.base import LEAST_DESCRIPTORS
 
 pytestmark = [
     pytest.mark.privileged,
@@ -66,6 +67,16 @@ def test_without_descriptors_all_else_goes_on(node: Node, pod: Namespace) -> Non
             eventually(lambda: "more" in node.rows() and node.captures("10.96.0.12"))
         assert ask(first) == b"a:hi"
     eventually(lambda: sample(node, "userspace_proxy_sessions_active") == 0)
+    assert node.stop() == 0
+
+
+@pytest.mark.parametrize("way", ["iptables", "nftables", "local"])
+def test_the_least_that_it_starts_with_is_enough(node: Node, pod: Namespace, way: str) -> None:
+    node.capture = way
+    node.start(limit=LEAST_DESCRIPTORS)
+    assert answer(pod, "10.96.0.10", 80) == b"a:hi"
+    assert answer(pod, "10.96.0.11", 53, DATAGRAM) == b"a:hi"
+    assert "Too many open files" not in node.log()
     assert node.stop() == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import socket
@@ -291,5 +292,27 @@ def test_a_portal_whose_screen_is_refused_is_had_later(node):
         assert await bench.ask("127.96.0.10", 8080) == b"1:hi"
         opened.close()
         assert bench.shared.listeners == 0
+
+    in_loop(node, main, Protocol.TCP)
+
+
+@pytest.mark.parametrize(
+    ("ip", "advice"),
+    [
+        ("127.96.0.10", "or sysctl net.ipv4.ip_unprivileged_port_start=80; meanwhile"),
+        ("0.0.0.0", "or sysctl net.ipv4.ip_unprivileged_port_start=80; meanwhile"),
+        ("fd00:96::10", "not an address of this host, and to make it one takes CAP_NET_ADMIN; meanwhile"),
+    ],
+)
+def test_a_port_that_is_not_ours_is_no_matter_where_the_address_is_not_either(node, ip, advice):
+    """The kernel looks at the port first."""
+
+    async def main(bench):
+        opened = bench.open()
+        bind = f"import socket; socket.create_server(({ip!r}, 80), family=socket.AF_INET{'6' if ':' in ip else ''})"
+        said = node.run(f'setpriv --bounding-set=-all --inh-caps=-all python3 -c "{bind}"', check=False)
+        assert "Permission denied" in said
+        assert advice in opened._explain(PermissionError(errno.EACCES, "Permission denied"), (ip, 80))
+        opened.close()
 
     in_loop(node, main, Protocol.TCP)

@@ -16,6 +16,33 @@ def test_other_kinds_are_skipped(api_version, kind):
     assert decode(value, "f") is None
 
 
+@pytest.mark.parametrize(
+    ("api_version", "kind", "meant"),
+    [
+        ("v1", "service", "Service"),
+        ("v1", "ENDPOINTS", "Endpoints"),
+        ("discovery.k8s.io/v1", "Endpointslice", "EndpointSlice"),
+        ("v1", "list", "List"),
+        ("v1", "Servicelist", "ServiceList"),
+        ("discovery.k8s.io/v1", "endpointSliceList", "EndpointSliceList"),
+    ],
+)
+def test_a_kind_in_the_wrong_case_is_refused_and_not_passed_over(api_version, kind, meant):
+    value = {"apiVersion": api_version, "kind": kind, "metadata": {"name": "x"}}
+    assert not is_other_kind(value)
+    assert problems(value) == (f"kind: found '{kind}'; allowed: {meant}, in this very case",)
+    assert identify(value) == (None if meant.endswith("List") else Identity(meant, "default", "x"))
+
+
+def test_another_groups_kind_may_be_spelled_as_it_likes():
+    assert is_other_kind({"apiVersion": "serving.knative.dev/v1", "kind": "service"})
+
+
+def test_a_group_in_the_wrong_case_is_refused():
+    value = {"apiVersion": "Discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": {"name": "x"}}
+    assert "allowed: discovery.k8s.io/v1" in problems(value)[0].replace("'", "")
+
+
 def test_lists():
     pod = {"apiVersion": "v1", "kind": "Pod"}
     assert list(unpack({"kind": "List", "apiVersion": "v1", "items": [service(), pod]})) == [service(), pod]

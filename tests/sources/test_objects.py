@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 
@@ -47,6 +48,21 @@ def test_what_has_not_its_shape_does_not_hide_other_problems():
         "spec.sessionAffinity: found 'sticky'; allowed: None, ClientIP",
         "spec.ports[10].port: found 70000; allowed: a number from 1 to 65535",
     ]
+
+
+@pytest.mark.parametrize("wrong", [{"type": "clusterip"}, {"externalIPs": "10.0.0.1"}, None])
+def test_what_is_refused_is_not_said_to_be_left_out_as_well(wrong, caplog):
+    """Its last good version may well be served."""
+    caplog.set_level(logging.INFO)
+    value = service(**(wrong or {}))
+    del value["spec"]["clusterIP"]
+    if wrong:
+        assert problems(value)
+    else:
+        assert decode(value, "f") is None
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == (
+        [] if wrong else ["Service shop/web: not served, it has no clusterIP"]
+    )
 
 
 @pytest.mark.parametrize("value", [None, "text", 5, [], {}, {"kind": 5}, {"kind": "Service"}, {"apiVersion": "v1"}])

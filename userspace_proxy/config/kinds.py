@@ -182,7 +182,7 @@ DIRECTORY = Kind(
 )
 URL = Kind("URL", "a URL with http:// or https://, HOST:PORT, or nothing", parse_url, str, "https://192.0.2.1:6443")
 NODE_NAME = Kind("NAME", "the name of a node, or nothing", parse_node_name, str, "node-1")
-IP = Kind("IP", "an IPv4 or IPv6 address", parse_bind_address, str, "0.0.0.0")
+IP = Kind("IP", "an IPv4 or IPv6 address of this host, or 0.0.0.0 for all of them", parse_bind_address, str, "0.0.0.0")
 PORTS = Kind(
     "RANGE",
     "A, A-B or A+N (N more ports than A), without blanks inside, up to 65535; nothing or 0 for any",

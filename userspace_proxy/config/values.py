@@ -163,7 +163,10 @@ class PortRange:
 
 
 def parse_bind_address(text: str) -> str:
-    return parse_ip(text) if text else "0.0.0.0"
+    ip = ipaddress.ip_address(parse_ip(text) if text else "0.0.0.0")
+    if ip.is_multicast or ip == ipaddress.IPv4Address("255.255.255.255"):
+        raise ValueError("a multicast address" if ip.is_multicast else "the broadcast address")
+    return str(ip)
 
 
 def parse_port_range(text: str) -> PortRange | None:

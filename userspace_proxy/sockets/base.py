@@ -25,6 +25,8 @@ from userspace_proxy.model import IPFamily, Portal, Protocol, ProxyProtocol, Soc
 
 RESERVE = 128
 """Descriptors kept for everything but proxy sockets and sessions: the loop, files, admin clients, the capture."""
+LEAST_DESCRIPTORS = RESERVE + 8
+"""With fewer, next to nothing is left for service ports and their clients; with fewer than 40, nor for the start."""
 
 ABORT_ON_CLOSE = struct.pack("ii", 1, 0)
 CLOSE_IN_ORDER = struct.pack("ii", 0, 0)

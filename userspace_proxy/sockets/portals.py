@@ -168,6 +168,8 @@ class PortalSocket:
         if code == errno.EADDRINUSE:
             owner = host.who_has(self._shared.protocol.value.lower(), *place)
             return f"{error}{f', by {owner}' if owner else ''}; end it, or have it listen on other addresses only"
+        if code == errno.EACCES and not host.is_delivered_here(place[0]):
+            code = errno.EADDRNOTAVAIL  # the port was asked for first, and to have that would not help
         if code == errno.EACCES:
             return (
                 f"{error}: ports below {host.first_unprivileged_port()} need CAP_NET_BIND_SERVICE, or "

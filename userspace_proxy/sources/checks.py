@@ -43,6 +43,8 @@ class Check:
         self.problems: list[str] = []
         self.passed_over: list[str] = []
         """Of what is not the writer's own: said of a part that is left out, while the rest of the object counts."""
+        self.remarks: list[str] = []
+        """What people should know of an object that is not refused."""
         self._allow_loopback = allow_loopback
 
     def refuse(self, field: str, found: object, allowed: str) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 API_VERSIONS = {"Service": "v1", "Endpoints": "v1", "EndpointSlice": "discovery.k8s.io/v1"}
 LISTS = {"List": "", **{f"{kind}List": kind for kind in API_VERSIONS}}
 """Kinds that hold others, and the kind of their items where that is settled by the list's own."""
+_MEANT = {kind.lower(): kind for kind in (*API_VERSIONS, *LISTS)}
 
 
 class Identity(NamedTuple):
@@ -38,13 +39,14 @@ def unpack(value: object) -> Iterator[object]:
 
 def identify(value: object) -> Identity | None:
     """Whom a value speaks of, as far as it can be told even of one that will be refused."""
-    if not isinstance(value, dict) or kind_of(value) not in API_VERSIONS:
+    kind = misspelt(value) or kind_of(value)
+    if not isinstance(value, dict) or kind not in API_VERSIONS:
         return None
     metadata = value.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
         return None
     namespace = metadata.get("namespace") or "default"
-    return Identity(kind_of(value), namespace, metadata["name"]) if isinstance(namespace, str) else None
+    return Identity(kind, namespace, metadata["name"]) if isinstance(namespace, str) else None
 
 
 def is_other_kind(value: object) -> bool:
@@ -54,7 +56,17 @@ def is_other_kind(value: object) -> bool:
     kind = kind_of(value)
     if kind in API_VERSIONS:
         return bool(_group(value["apiVersion"]) != _group(API_VERSIONS[kind]))
-    return bool(kind) and kind not in LISTS
+    return bool(kind) and kind not in LISTS and not misspelt(value)
+
+
+def misspelt(value: object) -> str:
+    """The kind that was meant, where one of ours has letters of the wrong case; Kubernetes would not know it."""
+    kind = kind_of(value)
+    meant = _MEANT.get(kind.lower(), "")
+    if not isinstance(value, dict) or meant in ("", kind):
+        return ""
+    ours = API_VERSIONS.get(meant.removesuffix("List"), "v1")
+    return meant if _group(value.get("apiVersion")) == _group(ours) else ""
 
 
 def kind_of(value: object) -> str:
@@ -64,4 +76,4 @@ def kind_of(value: object) -> str:
 
 def _group(api_version: object) -> str:
     group, slash, _ = str(api_version).partition("/")
-    return group if slash else ""
+    return group.lower() if slash else ""

@@ -22,7 +22,7 @@ import msgspec
 from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.sources.checks import Check, show
 from userspace_proxy.sources.endpoints import EndpointSet, read_endpoints, read_slice
-from userspace_proxy.sources.identity import API_VERSIONS, LISTS, Identity, identify, is_other_kind, kind_of
+from userspace_proxy.sources.identity import API_VERSIONS, LISTS, Identity, identify, is_other_kind, kind_of, misspelt
 from userspace_proxy.sources.services import Service, read_service
 from userspace_proxy.sources.shapes import EndpointSliceShape, EndpointsShape, Metadata, ObjectShape, ServiceShape
 
@@ -52,7 +52,7 @@ def decode(value: object, where: str, *, allow_loopback: bool = False) -> Servic
         return None
     check = Check(allow_loopback)
     if kind not in API_VERSIONS or not isinstance(value, dict):
-        raise ObjectError(where, f"{kind or 'object'}", [_unknown(value)])
+        raise ObjectError(where, str(identity or kind or "object"), [_unknown(value)])
     if value.get("apiVersion") != API_VERSIONS[kind]:
         check.refuse("apiVersion", value.get("apiVersion"), API_VERSIONS[kind])
     decoded, misshapen = _shaped(value, _SHAPES[kind])
@@ -70,6 +70,8 @@ def decode(value: object, where: str, *, allow_loopback: bool = False) -> Servic
     others = [problem for problem in check.problems if not problem.startswith(known)]
     if misshapen or others:
         raise ObjectError(where, str(identity or kind), [*misshapen.values(), *others])
+    for remark in check.remarks:
+        logger.info("%s: %s", identity, remark)
     return found
 
 
@@ -89,6 +91,8 @@ def _read(decoded: ObjectShape, kind: str, labels: Mapping[Any, Any], check: Che
 def _unknown(value: object) -> str:
     if not isinstance(value, dict):
         return f"found {show(value)}; allowed: an object with apiVersion, kind and metadata"
+    if meant := misspelt(value):
+        return f"kind: found {show(kind_of(value))}; allowed: {meant}, in this very case"
     if kind_of(value) in LISTS:
         return f"items: found {show(value.get('items'))}; allowed: a list of objects, not of Lists"
     field = "apiVersion" if kind_of(value) else "kind"

@@ -5,7 +5,6 @@ Whose it is has been settled in `sources.objects`, and what single fields may ho
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,6 @@ from userspace_proxy.model import (
 from userspace_proxy.sources.checks import Check, show
 from userspace_proxy.sources.identity import Identity
 from userspace_proxy.sources.shapes import ClientIPConfig, LoadBalancer, ServiceShape, ServiceSpec, ServiceStatus
-
-logger = logging.getLogger(__name__)
 
 MAX_AFFINITY_TIMEOUT = 86400
 
@@ -54,9 +51,7 @@ def read_service(decoded: ServiceShape, identity: Identity, check: Check) -> Ser
     given = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip not in (None, "") else [])
     if spec.type == "ExternalName" or not given or given[0] in ("None", ""):
         if spec.type != "ExternalName" and not given:
-            logger.info(
-                "%s: not served, it has no clusterIP; without a cluster nobody allocates one: write it", identity
-            )
+            check.remarks.append("not served, it has no clusterIP; without a cluster nobody allocates one: write it")
         return None
     cluster_ips = _read_cluster_ips(spec, given, check)
     external_ips = tuple(check.service_ip(f"spec.externalIPs[{i}]", ip) for i, ip in enumerate(spec.external_ips or ()))
