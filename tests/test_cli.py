@@ -16,6 +16,7 @@ import pytest
 
 from tests.netns import Namespace, eventually
 from userspace_proxy import __version__, cli
+from userspace_proxy.app import Successor
 from userspace_proxy.config import Config
 from userspace_proxy.config.document import render
 from userspace_proxy.exceptions import CaptureError, ConfigError
@@ -206,11 +207,11 @@ def test_nothing_of_a_former_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     former: list[weakref.ref[Proxy]] = []
     alive: list[int] = []
 
-    async def serve(config: Config, _parse: object) -> Config | None:
+    async def serve(this: Successor, _parse: object) -> Successor | None:
         alive.append(sum(each() is not None for each in former))
         former.append(weakref.ref(Proxy()))
         gc.freeze()
-        return config if len(alive) < 3 else None
+        return this if len(alive) < 3 else None
 
     monkeypatch.setattr(cli, "serve", serve)
     monkeypatch.setattr(cli.logs, "set_up", lambda *_: None)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import uvloop
 
 from userspace_proxy import __version__, check, completion, host, logs
-from userspace_proxy.app import serve
+from userspace_proxy.app import Successor, serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
 from userspace_proxy.early import answer_signals
@@ -60,9 +60,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(config: Config, arguments: Sequence[str]) -> int:
     """Serve, once for each time that the config file changes; or clean up."""
-    following: Config | None = config
+    following: Successor | None = Successor(config)
     while following:
-        config = following
+        config = following.config
         logs.set_up(config.verbosity, config.logging_format)
         if (most := host.raise_descriptor_limit()) < LEAST_DESCRIPTORS and not config.cleanup:
             needed = f"at least {LEAST_DESCRIPTORS}, and two for each connection"
@@ -75,7 +75,9 @@ def _run(config: Config, arguments: Sequence[str]) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                following = runner.run(cleanup() if config.cleanup else serve(config, lambda: _parse_again(arguments)))
+                following = runner.run(
+                    cleanup() if config.cleanup else serve(following, lambda: _parse_again(arguments))
+                )
         except ExceptionGroup as group:
             return _explain(group)
         except UserspaceProxyError as error:
