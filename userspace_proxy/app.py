@@ -189,7 +189,7 @@ class App:
         gc.enable()
         captured = self._has_portals and not self._proxier.progress.capture_error
         try:
-            sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
+            sys.stdout.write(render(list(self._proxier.report()), captured=captured) + "\n")
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has left: no reason to end
             logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
@@ -339,7 +339,7 @@ class App:
     async def _exposition(self) -> tuple[bytes, str]:
         self._metrics.refused_objects.set(len(self._source.problems))
         await self._data_path.count()
-        return self._metrics.exposition()
+        return await self._metrics.exposition()
 
     async def _leave_nothing_behind(self) -> None:
         if self._signals.final:  # it may have come while a new config file was the reason to end
