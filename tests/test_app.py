@@ -218,7 +218,7 @@ def test_a_change_of_the_config_file_while_the_api_server_is_away(running: Runni
         api.away()
         for n in (1, 2):
             config.write_text(f"{text}udpIdleTimeout: {n}s\n")
-            eventually(lambda n=n: running.log().count("SERVICE PORT") == n + 1, 20)
+            eventually(lambda n=n: running.log().count("SERVICE PORT") == n + 1, 60)
             [row] = json.loads(running.get("metrics", "/services"))
             assert row["endpoints"] == ["10.1.0.2:8080"]
             assert running.get("healthz", "/readyz") == "ok"

@@ -143,6 +143,7 @@ def test_an_admin_address_in_use_ends_it_where_that_is_asked_for(tmp_path: Path)
         eventually(lambda: "10256" in node.run("ss -ltn"))
         said = node.run(f"{sys.executable} -m userspace_proxy {flags} --bind-address-hard-fail", check=False)
         assert "cannot listen on 127.0.0.1:10256" in said
+        assert "--help" not in said, "no flag is mistaken"
         assert "Traceback" not in said
 
 

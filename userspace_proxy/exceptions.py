@@ -62,7 +62,7 @@ class HeaderError(UserspaceProxyError):
 
 
 class PortError(UserspaceProxyError):
-    """A port that cannot be had; tried again at the next sync."""
+    """A port that cannot be had. That of a service port is tried again at the next sync."""
 
 
 class NoEndpoints(UserspaceProxyError):

@@ -115,6 +115,7 @@ def test_views_are_asked_each_time(run):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT"])
 def test_healthz_of_its_own_answers_any_method(run, method):
+    assert ask(run, "/healthz/ping", method).status == 200
     answer = ask(run, "/healthz", method)
     assert (answer.status, answer.text) == (200, "" if method == "HEAD" else "ok")
 
@@ -130,5 +131,5 @@ def test_other_pages(run):
     answer = ask(run, "/readyz")
     assert answer.status == 404
     assert answer.text == (
-        "no such page; there are /configz, /connections, /healthz, /metrics, /proxyMode, /services\n"
+        "no such page; there are /configz, /connections, /healthz, /healthz/ping, /metrics, /proxyMode, /services\n"
     )

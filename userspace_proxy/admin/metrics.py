@@ -41,6 +41,7 @@ class Views:
         app.router.add_get("/configz", self._configz)
         app.router.add_get("/proxyMode", _text("userspace"))
         app.router.add_route("*", "/healthz", _text("ok"))
+        app.router.add_route("*", "/healthz/ping", _text("ok"))
         return app
 
     async def _metrics(self, _request: web.Request) -> web.Response:
