@@ -113,9 +113,22 @@ def test_the_config_file_is_written_with_what_was_set(tmp_path: Path) -> None:
     again = tmp_path / "again.conf"
     shown = command(f"--write-config-to={again}", f"--config={file}")
     assert again.read_text() == file.read_text(), "and what a file sets"
+    shown = command(f"--write-config-to={again}", "--healthz-bind-address=")
+    assert "--healthz-bind-address='': the file cannot say so; there it stands for the default" in shown.stderr
     shown = command(f"--write-config-to={tmp_path}/missing/file")
     assert shown.returncode == 1
     assert f"--write-config-to='{tmp_path}/missing/file': No such file or directory" in shown.stderr
+
+
+def test_what_is_passed_over_in_a_file_is_told_beside_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "config.conf"
+    file.write_text(render(Config()).replace("enableProfiling: false", "enableProfilin: true\noomScoreAdj: 1001"))
+    shown = command(f"--config={file}", "--write-config-to=/dev/null", "--masquerade-all", "--log-dir=/tmp")
+    assert shown.returncode == 2
+    assert "no field 'enableProfilin' is known; did you mean enableProfiling?" in shown.stderr
+    assert "oomScoreAdj: '1001': too large" in shown.stderr
+    assert "--masquerade-all is not looked at" in shown.stderr
+    assert "--log-dir: without effect" in shown.stderr
 
 
 def test_a_config_file_that_is_none(tmp_path: Path) -> None:

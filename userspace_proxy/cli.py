@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         assert isinstance(config, Config)
         return _write(config, config.write_config_to) if config.write_config_to else _run(config, arguments)
     except ConfigError as error:
-        _complain(error.problems)
+        _complain([*error.notices, *error.problems])
         return 2
 
 
@@ -98,7 +98,7 @@ def _parse_again(arguments: Sequence[str]) -> Config:
 
 
 def _write(config: Config, path: Path) -> int:
-    from userspace_proxy.config.document import only_flags, render  # here: YAML takes long to load
+    from userspace_proxy.config.document import not_kept, only_flags, render  # here: YAML takes long to load
 
     try:
         path.write_text(render(config), encoding="utf-8")
@@ -107,7 +107,7 @@ def _write(config: Config, path: Path) -> int:
         return 1
     rest = [f"--{name}" for name in only_flags(config) if name not in ("config", "write-config-to")]
     left_out = [f"{', '.join(rest)}: without a place in the file; to be given beside --config"] if rest else []
-    for notice in (*config.notices, *left_out):
+    for notice in (*config.notices, *not_kept(config), *left_out):
         sys.stderr.write(f"userspace-proxy: {notice}\n")
     return 0
 
@@ -130,7 +130,7 @@ def _env(arguments: Sequence[str]) -> int:
         logs.set_up(config.verbosity, config.logging_format)
         return _show(exports(asyncio.run(_first_state(config)).services, namespace))
     except ConfigError as error:
-        _complain(error.problems)
+        _complain([*error.notices, *error.problems])
         return 2
     except ExceptionGroup as group:
         return _explain(group)
@@ -152,7 +152,7 @@ def _check(arguments: Sequence[str]) -> int:
     try:
         config = parse(flags)
     except ConfigError as error:
-        _complain(error.problems)
+        _complain([*error.notices, *error.problems])
         return 2
     if not isinstance(config, Config):
         return main(flags)
@@ -218,7 +218,7 @@ def _explain(group: ExceptionGroup[Exception]) -> int:
     code = 1
     for error in _leaves(expected):
         if isinstance(error, ConfigError):
-            _complain(error.problems)
+            _complain([*error.notices, *error.problems])
             code = 2
         else:
             logger.error("%s", error)

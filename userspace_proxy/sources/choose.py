@@ -35,9 +35,7 @@ def _kubernetes(config: Config, before: Told | None) -> Source:
     from userspace_proxy.sources.kubernetes import KubernetesSource
     from userspace_proxy.sources.saved import SavedState
 
-    access = Access(
-        str(config.kubeconfig or ""), config.master, config.kube_api_qps or 5.0, config.kube_api_burst or 10
-    )
+    access = Access(str(config.kubeconfig or ""), config.master, config.kube_api_qps, config.kube_api_burst)
     pace = Pace(resync=config.config_sync_period)
     connection = Connection(access, time.monotonic, stall=pace.stall)
     server = connection.check()
