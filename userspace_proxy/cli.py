@@ -116,7 +116,11 @@ def _completion(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in completion.SHELLS:
         _complain([f"completion: {' '.join(arguments)!r}; allowed: {', '.join(completion.SHELLS)}, one of them"])
         return 2
-    return _show(completion.SHELLS[arguments[0]]({name: each.help for name, each in COMMANDS.items()}))
+    return _show(
+        completion.SHELLS[arguments[0]](
+            {name: completion.Command(each.help, each.words) for name, each in COMMANDS.items()}
+        )
+    )
 
 
 def _env(arguments: Sequence[str]) -> int:
@@ -168,6 +172,8 @@ class Command(NamedTuple):
     help: str
     run: Callable[[Sequence[str]], int]
     """Gets the arguments after the command's name, and returns an exit code."""
+    words: Mapping[str, Sequence[str]] = {}
+    """For completion: what may follow upon its name, or upon an option of its own."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -175,8 +181,14 @@ COMMANDS: Mapping[str, Command] = {
         "[-o table|json] [flags]",
         "Tell what this host offers, which capture would be used, and what to do about each gap.",
         _check,
+        {"-o": tuple(check.FORMATS), "--output": tuple(check.FORMATS)},
     ),
-    "completion": Command("SHELL", "Print what makes a shell complete flags: bash, zsh or fish.", _completion),
+    "completion": Command(
+        "SHELL",
+        "Print what makes a shell complete flags: bash, zsh or fish.",
+        _completion,
+        {"completion": tuple(completion.SHELLS)},
+    ),
     "env": Command(
         "[NAMESPACE] [flags]",
         "Print the variables that a pod of the namespace (default: default) finds its Services by, for a shell's eval.",
