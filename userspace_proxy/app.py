@@ -50,11 +50,9 @@ from userspace_proxy.workers.pool import Pool
 
 logger = logging.getLogger(__name__)
 
-
 SWITCH = 0.0001
 """Seconds that a thread, which reads manifests or plans, may keep the interpreter from the event loop: the loop asks
 for it back after each system call, and Python's own 5 ms would be the latency of every one."""
-
 
 UNDELIVERED = 0.05
 """Seconds between looks for bytes that are still on their way when all sessions have ended."""
@@ -94,11 +92,10 @@ class Signals:
 
 
 class Successor(NamedTuple):
-    """The proxy to start anew with."""
+    """The proxy to start anew with, and what the source of the one before was told last."""
 
     config: Config
     told: Told | None = None
-    """What the source of the one before was told last."""
 
 
 class App:
@@ -167,8 +164,7 @@ class App:
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
-                tasks.create_task(self._show_table(), name="table")
-                tasks.create_task(self._tell_when_ready(), name="ready")
+                tasks.create_task(self._tell_of_first_sync(), name="first sync")
                 # From the start: a predecessor may have been ready, or the first sync be long in coming.
                 tasks.create_task(self._supervisor.run(self._status, self._is_live), name="supervisor")
                 tasks.create_task(self._end_on_signal(), name="signals")
@@ -178,12 +174,12 @@ class App:
             pass
         finally:
             await self._leave_nothing_behind()
-        if self._signals.final or self._successor is None:
-            return None
-        return Successor(self._successor, self._source.told)
+        anew = self._successor if not self._signals.final else None
+        return Successor(anew, self._source.told) if anew else None
 
-    async def _show_table(self) -> None:
+    async def _tell_of_first_sync(self) -> None:
         await self._proxier.progress.first_sync.wait()
+        self._supervisor.ready()
         # What there is by now stays; looking through it for garbage held up the data path for 0.1 s at 5,000 services.
         gc.freeze()
         gc.enable()
@@ -193,10 +189,6 @@ class App:
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has left: no reason to end
             logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
-
-    async def _tell_when_ready(self) -> None:
-        await self._proxier.progress.first_sync.wait()
-        self._supervisor.ready()
 
     def _status(self) -> str:
         """A line for `systemctl status`."""
