@@ -120,7 +120,7 @@ async def _measure(pipe: Pipe, url: str, services: int) -> None:
         told.set()
 
     connection = Connection(Access(master=url), time.monotonic, stall=90)
-    source = KubernetesSource(connection, "node", None, pace=Pace(), clock=time.monotonic, rng=random.Random())
+    source = KubernetesSource(connection, url, "node", None, pace=Pace(), clock=time.monotonic, rng=random.Random())
     task = asyncio.ensure_future(source.run(publish))
     before = _used()[0]
     gap = await _longest_gap(lambda: bool(published))

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.apiserver import APIServer
 from tests.e2e.node import endpoints, port, service
 from tests.netns import eventually
 from tests.proxy import Servers, echo
+from tests.sources.cluster import NODE, node_object
 from userspace_proxy.app import Signals
 
 
@@ -68,6 +70,7 @@ class Running:
 
     def __init__(self, directory: Path) -> None:
         self.manifest = directory / "all.json"
+        self.source: tuple[str, ...] = ("--manifests", str(directory))
         self._log = directory.parent / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -81,7 +84,7 @@ class Running:
             self.process = subprocess.Popen(
                 [
                     *(("prlimit", f"--nofile={limit}:{limit}") if limit else ()),
-                    *(sys.executable, "-m", "userspace_proxy", "--manifests", str(self.manifest.parent)),
+                    *(sys.executable, "-m", "userspace_proxy", *self.source),
                     *("--capture=none", "--bind-address=127.0.0.1"),
                     *("--healthz-bind-address=127.0.0.1:0", "--metrics-bind-address=127.0.0.1:0", *flags),
                 ],
@@ -196,6 +199,29 @@ def test_a_change_of_the_config_file_starts_it_anew(running: Running, tmp_path: 
             assert client.recv(5) == b"three"
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(10) == 0
+
+
+def test_a_change_of_the_config_file_while_the_api_server_is_away(running: Running, tmp_path: Path) -> None:
+    """What it told last is served on."""
+    config, kubeconfig = tmp_path / "config.conf", tmp_path / "kubeconfig"
+    with APIServer() as api:
+        api.put(service("web", "10.96.0.10", [port(80)]), endpoints("web", ["10.1.0.2:8080"]), node_object())
+        kubeconfig.write_text(
+            "{apiVersion: v1, kind: Config, users: [{name: u, user: {}}], current-context: c, "
+            "contexts: [{name: c, context: {cluster: c, user: u}}], "
+            f"clusters: [{{name: c, cluster: {{server: '{api.url}'}}}}]}}"
+        )
+        text = f"{CONFIG}clientConnection: {{kubeconfig: {kubeconfig}}}\n"
+        config.write_text(text)
+        running.source = (f"--hostname-override={NODE}",)
+        running.start(f"--config={config}")
+        api.away()
+        for n in (1, 2):
+            config.write_text(f"{text}udpIdleTimeout: {n}s\n")
+            eventually(lambda n=n: running.log().count("SERVICE PORT") == n + 1, 60)
+            [row] = json.loads(running.get("metrics", "/services"))
+            assert row["endpoints"] == ["10.1.0.2:8080"]
+            assert running.get("healthz", "/readyz") == "ok"
 
 
 def test_a_signal_while_it_drains_for_a_change_is_the_end(running: Running, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.netns import Namespace, eventually
 from userspace_proxy import __version__, cli
+from userspace_proxy.app import Successor
 from userspace_proxy.config import Config
 from userspace_proxy.config.document import render
 from userspace_proxy.exceptions import CaptureError, ConfigError
@@ -112,9 +113,22 @@ def test_the_config_file_is_written_with_what_was_set(tmp_path: Path) -> None:
     again = tmp_path / "again.conf"
     shown = command(f"--write-config-to={again}", f"--config={file}")
     assert again.read_text() == file.read_text(), "and what a file sets"
+    shown = command(f"--write-config-to={again}", "--healthz-bind-address=")
+    assert "--healthz-bind-address='': the file cannot say so; there it stands for the default" in shown.stderr
     shown = command(f"--write-config-to={tmp_path}/missing/file")
     assert shown.returncode == 1
     assert f"--write-config-to='{tmp_path}/missing/file': No such file or directory" in shown.stderr
+
+
+def test_what_is_passed_over_in_a_file_is_told_beside_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "config.conf"
+    file.write_text(render(Config()).replace("enableProfiling: false", "enableProfilin: true\noomScoreAdj: 1001"))
+    shown = command(f"--config={file}", "--write-config-to=/dev/null", "--masquerade-all", "--log-dir=/tmp")
+    assert shown.returncode == 2
+    assert "no field 'enableProfilin' is known; did you mean enableProfiling?" in shown.stderr
+    assert "oomScoreAdj: '1001': too large" in shown.stderr
+    assert "--masquerade-all is not looked at" in shown.stderr
+    assert "--log-dir: without effect" in shown.stderr
 
 
 def test_a_config_file_that_is_none(tmp_path: Path) -> None:
@@ -142,6 +156,7 @@ def test_an_admin_address_in_use_ends_it_where_that_is_asked_for(tmp_path: Path)
         eventually(lambda: "10256" in node.run("ss -ltn"))
         said = node.run(f"{sys.executable} -m userspace_proxy {flags} --bind-address-hard-fail", check=False)
         assert "cannot listen on 127.0.0.1:10256" in said
+        assert "--help" not in said, "no flag is mistaken"
         assert "Traceback" not in said
 
 
@@ -206,11 +221,11 @@ def test_nothing_of_a_former_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     former: list[weakref.ref[Proxy]] = []
     alive: list[int] = []
 
-    async def serve(config: Config, _parse: object) -> Config | None:
+    async def serve(this: Successor, _parse: object) -> Successor | None:
         alive.append(sum(each() is not None for each in former))
         former.append(weakref.ref(Proxy()))
         gc.freeze()
-        return config if len(alive) < 3 else None
+        return this if len(alive) < 3 else None
 
     monkeypatch.setattr(cli, "serve", serve)
     monkeypatch.setattr(cli.logs, "set_up", lambda *_: None)

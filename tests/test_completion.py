@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from userspace_proxy.completion import SHELLS
+from userspace_proxy.completion import SHELLS, Command
 from userspace_proxy.config.flag import UNUSED
 from userspace_proxy.config.table import KNOWN
 
-COMMANDS = {"turn": "Turn it, won't you."}
+COMMANDS = {
+    "turn": Command("Turn it, won't you.", {"turn": ("left", "right"), "-o": ("once", "twice"), "--output": ("once",)})
+}
 FLAGS = sorted(f"--{flag.name}" for name, flag in KNOWN.items() if name == flag.name and flag.group != UNUSED)
 
 
@@ -60,6 +62,15 @@ def bash(words: str, scripts: Path) -> list[str]:
         ("tu", ["turn"]),
         ("--splice tu", []),
         ("-", FLAGS),
+        ("--splice =", ["false", "true"]),
+        ("--splice = f", ["false"]),
+        ("turn ''", ["left", "right"]),
+        ("turn -o ''", ["once", "twice"]),
+        ("turn -o t", ["twice"]),
+        ("turn --output = ''", ["once"]),
+        ("turn --capture l", ["local"]),
+        ("turn left -o ''", ["once", "twice"]),
+        ("--state-dir turn --spl", ["--splice"]),
     ],
 )
 def test_bash(scripts: Path, words: str, proposed: list[str]) -> None:
@@ -74,6 +85,9 @@ def test_bash(scripts: Path, words: str, proposed: list[str]) -> None:
         ("--logging-format ", ["json", "text"]),
         ("--manifests=we", ["--manifests=web.yaml"]),
         ("tu", ["turn"]),
+        ("turn ", ["left", "right"]),
+        ("turn -o ", ["once", "twice"]),
+        ("turn --output=", ["--output=once"]),
         ("--w", ["--workers", "--write-config-to"]),
     ],
 )

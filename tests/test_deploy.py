@@ -39,6 +39,13 @@ def capabilities(container: dict) -> list[str]:
     return container["securityContext"]["capabilities"]["add"]
 
 
+def test_a_pod_is_ended_only_for_what_that_helps(container):
+    """What is not ready waits for the API server or the kernel, and serves what it can meanwhile."""
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    deadly = [container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe") if probe in container]
+    assert set(deadly) == {"/livez"}
+
+
 @pytest.mark.filterwarnings("ignore")  # of the validator's own making
 def test_a_cluster_would_take_the_objects():
     found = [
@@ -80,7 +87,7 @@ def test_the_command_line_and_the_config_file_are_taken_without_a_word(container
     assert config.notices == ()
     assert str(config.kubeconfig) == str(kubeconfig)
     assert config.hostname_override == "node-1"
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+    for probe in ("livenessProbe", "readinessProbe"):
         assert container[probe]["httpGet"]["port"] == config.healthz_bind_address[1]
 
 

@@ -389,9 +389,9 @@ def test_label_sets_of_vanished_services_are_dropped(run: Run) -> None:
     async def main() -> None:
         async with bench() as b:
             await b.publish({WEB: tcp()}, {WEB: ALIVE})
-            assert b'service="web"' in b.metrics.exposition()[0]
+            assert b'service="web"' in (await b.metrics.exposition())[0]
             await b.publish({})
-            assert b'service="web"' not in b.metrics.exposition()[0]
+            assert b'service="web"' not in (await b.metrics.exposition())[0]
 
     run(main())
 

@@ -153,3 +153,24 @@ def test_the_life_of_the_command(tmp_path: Path, listener: Listener) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_heart_beats_before_there_is_anything_to_serve(listener: Listener) -> None:
+    """No API server is there: to be ended for that would bring it no nearer."""
+    environment = {**os.environ, "NOTIFY_SOCKET": listener.sock.getsockname(), "WATCHDOG_USEC": "400000"}
+    flags = ["--master=http://127.0.0.1:1", "--capture=none", "--healthz-bind-address=", "--metrics-bind-address="]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "userspace_proxy", *flags],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert listener.hear() == {"STATUS": "waiting for the first state to be served"}
+        for _ in range(3):
+            assert listener.hear() == {"WATCHDOG": "1"}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()

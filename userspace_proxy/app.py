@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
+from typing import NamedTuple
 
 from userspace_proxy import __version__, host
 from userspace_proxy.admin.debugging import add_debugging
@@ -40,7 +41,7 @@ from userspace_proxy.sockets.base import RESERVE
 from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sockets.portals import PortalSockets
 from userspace_proxy.sources import choose as sources
-from userspace_proxy.sources.base import Event, Source
+from userspace_proxy.sources.base import Event, Source, Told
 from userspace_proxy.systemd import Supervisor
 from userspace_proxy.table import render
 from userspace_proxy.tuning import cpus, set_oom_score, tune_conntrack
@@ -49,11 +50,9 @@ from userspace_proxy.workers.pool import Pool
 
 logger = logging.getLogger(__name__)
 
-
 SWITCH = 0.0001
 """Seconds that a thread, which reads manifests or plans, may keep the interpreter from the event loop: the loop asks
 for it back after each system call, and Python's own 5 ms would be the latency of every one."""
-
 
 UNDELIVERED = 0.05
 """Seconds between looks for bytes that are still on their way when all sessions have ended."""
@@ -90,6 +89,13 @@ class Signals:
         else:
             logger.info("%s: draining; a second signal ends at once", number.name)
             self.stop.set()
+
+
+class Successor(NamedTuple):
+    """The proxy to start anew with, and what the source of the one before was told last."""
+
+    config: Config
+    told: Told | None = None
 
 
 class App:
@@ -139,7 +145,7 @@ class App:
             held=self._fit,
         )
 
-    async def run(self) -> Config | None:
+    async def run(self) -> Successor | None:
         """Serve until a signal, then drain and clean up. Raises ConfigError for what shows only now.
 
         Where the config file ended it, what to start anew with.
@@ -158,8 +164,9 @@ class App:
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
-                tasks.create_task(self._show_table(), name="table")
-                tasks.create_task(self._supervised(), name="supervisor")
+                tasks.create_task(self._tell_of_first_sync(), name="first sync")
+                # From the start: a predecessor may have been ready, or the first sync be long in coming.
+                tasks.create_task(self._supervisor.run(self._status, self._is_live), name="supervisor")
                 tasks.create_task(self._end_on_signal(), name="signals")
                 if self._config_file:
                     tasks.create_task(self._end_on_change(self._config_file), name="config file")
@@ -167,29 +174,28 @@ class App:
             pass
         finally:
             await self._leave_nothing_behind()
-        return None if self._signals.final else self._successor
+        anew = self._successor if not self._signals.final else None
+        return Successor(anew, self._source.told) if anew else None
 
-    async def _show_table(self) -> None:
+    async def _tell_of_first_sync(self) -> None:
         await self._proxier.progress.first_sync.wait()
+        self._supervisor.ready()
         # What there is by now stays; looking through it for garbage held up the data path for 0.1 s at 5,000 services.
         gc.freeze()
         gc.enable()
         captured = self._has_portals and not self._proxier.progress.capture_error
         try:
-            sys.stdout.write(render(self._proxier.report(), captured=captured) + "\n")
+            sys.stdout.write(render(list(self._proxier.report()), captured=captured) + "\n")
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has left: no reason to end
             logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
-
-    async def _supervised(self) -> None:
-        await self._proxier.progress.first_sync.wait()
-        self._supervisor.ready()
-        await self._supervisor.run(self._status, self._is_live)
 
     def _status(self) -> str:
         """A line for `systemctl status`."""
         if self._signals.stop.is_set():
             return "draining"
+        if not self._proxier.progress.first_sync.is_set():
+            return "waiting for the first state to be served"
         trouble = self._proxier.progress.capture_error
         return f"serving {self._proxier.service_ports} service ports, capture {self._capture.name}" + (
             f": {trouble}" if trouble else ""
@@ -325,7 +331,7 @@ class App:
     async def _exposition(self) -> tuple[bytes, str]:
         self._metrics.refused_objects.set(len(self._source.problems))
         await self._data_path.count()
-        return self._metrics.exposition()
+        return await self._metrics.exposition()
 
     async def _leave_nothing_behind(self) -> None:
         if self._signals.final:  # it may have come while a new config file was the reason to end
@@ -362,21 +368,22 @@ def _data_path(config: Config, metrics: Metrics) -> DataPath | Pool:
     return Pool(config.workers, start, metrics)
 
 
-async def serve(config: Config, parse: Callable[[], Config]) -> Config | None:
+async def serve(this: Successor, parse: Callable[[], Config]) -> Successor | None:
     """Run a proxy until a signal ends it, or a change of --config's file, which `parse` reads anew.
 
     What to start anew with; None after a signal. Raises ConfigError, or CaptureError where the capture cannot work.
     """
+    config = this.config
     signals = Signals()
     signals.watch()  # before anything is put into the kernel: from here on the end is an orderly one
     config_file = ConfigFile(config.config, config, parse) if config.config else None
     set_oom_score(config)
-    source = sources.choose(config)
+    source = sources.choose(config, this.told)
     with nullcontext() if config.capture == NoCapture.name else sole.hold():
         return await _serve(config, source, signals, config_file)
 
 
-async def _serve(config: Config, source: Source, signals: Signals, config_file: ConfigFile | None) -> Config | None:
+async def _serve(config: Config, source: Source, signals: Signals, config_file: ConfigFile | None) -> Successor | None:
     capture = await choose(
         config.capture,
         bind_address=config.bind_address,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import uvloop
 
 from userspace_proxy import __version__, check, completion, host, logs
-from userspace_proxy.app import serve
+from userspace_proxy.app import Successor, serve
 from userspace_proxy.capture.choose import cleanup
 from userspace_proxy.config import Config, Show, parse
 from userspace_proxy.early import answer_signals
@@ -54,15 +54,15 @@ def main(arguments: Sequence[str]) -> int:
         assert isinstance(config, Config)
         return _write(config, config.write_config_to) if config.write_config_to else _run(config, arguments)
     except ConfigError as error:
-        _complain(error.problems)
+        _complain([*error.notices, *error.problems])
         return 2
 
 
 def _run(config: Config, arguments: Sequence[str]) -> int:
     """Serve, once for each time that the config file changes; or clean up."""
-    following: Config | None = config
+    following: Successor | None = Successor(config)
     while following:
-        config = following
+        config = following.config
         logs.set_up(config.verbosity, config.logging_format)
         if (most := host.raise_descriptor_limit()) < LEAST_DESCRIPTORS and not config.cleanup:
             needed = f"at least {LEAST_DESCRIPTORS}, and two for each connection"
@@ -75,7 +75,9 @@ def _run(config: Config, arguments: Sequence[str]) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                following = runner.run(cleanup() if config.cleanup else serve(config, lambda: _parse_again(arguments)))
+                following = runner.run(
+                    cleanup() if config.cleanup else serve(following, lambda: _parse_again(arguments))
+                )
         except ExceptionGroup as group:
             return _explain(group)
         except UserspaceProxyError as error:
@@ -96,7 +98,7 @@ def _parse_again(arguments: Sequence[str]) -> Config:
 
 
 def _write(config: Config, path: Path) -> int:
-    from userspace_proxy.config.document import only_flags, render  # here: YAML takes long to load
+    from userspace_proxy.config.document import not_kept, only_flags, render  # here: YAML takes long to load
 
     try:
         path.write_text(render(config), encoding="utf-8")
@@ -105,7 +107,7 @@ def _write(config: Config, path: Path) -> int:
         return 1
     rest = [f"--{name}" for name in only_flags(config) if name not in ("config", "write-config-to")]
     left_out = [f"{', '.join(rest)}: without a place in the file; to be given beside --config"] if rest else []
-    for notice in (*config.notices, *left_out):
+    for notice in (*config.notices, *not_kept(config), *left_out):
         sys.stderr.write(f"userspace-proxy: {notice}\n")
     return 0
 
@@ -114,7 +116,11 @@ def _completion(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in completion.SHELLS:
         _complain([f"completion: {' '.join(arguments)!r}; allowed: {', '.join(completion.SHELLS)}, one of them"])
         return 2
-    return _show(completion.SHELLS[arguments[0]]({name: each.help for name, each in COMMANDS.items()}))
+    return _show(
+        completion.SHELLS[arguments[0]](
+            {name: completion.Command(each.help, each.words) for name, each in COMMANDS.items()}
+        )
+    )
 
 
 def _env(arguments: Sequence[str]) -> int:
@@ -128,7 +134,7 @@ def _env(arguments: Sequence[str]) -> int:
         logs.set_up(config.verbosity, config.logging_format)
         return _show(exports(asyncio.run(_first_state(config)).services, namespace))
     except ConfigError as error:
-        _complain(error.problems)
+        _complain([*error.notices, *error.problems])
         return 2
     except ExceptionGroup as group:
         return _explain(group)
@@ -150,7 +156,7 @@ def _check(arguments: Sequence[str]) -> int:
     try:
         config = parse(flags)
     except ConfigError as error:
-        _complain(error.problems)
+        _complain([*error.notices, *error.problems])
         return 2
     if not isinstance(config, Config):
         return main(flags)
@@ -166,6 +172,8 @@ class Command(NamedTuple):
     help: str
     run: Callable[[Sequence[str]], int]
     """Gets the arguments after the command's name, and returns an exit code."""
+    words: Mapping[str, Sequence[str]] = {}
+    """For completion: what may follow upon its name, or upon an option of its own."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -173,8 +181,14 @@ COMMANDS: Mapping[str, Command] = {
         "[-o table|json] [flags]",
         "Tell what this host offers, which capture would be used, and what to do about each gap.",
         _check,
+        {"-o": tuple(check.FORMATS), "--output": tuple(check.FORMATS)},
     ),
-    "completion": Command("SHELL", "Print what makes a shell complete flags: bash, zsh or fish.", _completion),
+    "completion": Command(
+        "SHELL",
+        "Print what makes a shell complete flags: bash, zsh or fish.",
+        _completion,
+        {"completion": tuple(completion.SHELLS)},
+    ),
     "env": Command(
         "[NAMESPACE] [flags]",
         "Print the variables that a pod of the namespace (default: default) finds its Services by, for a shell's eval.",
@@ -216,7 +230,7 @@ def _explain(group: ExceptionGroup[Exception]) -> int:
     code = 1
     for error in _leaves(expected):
         if isinstance(error, ConfigError):
-            _complain(error.problems)
+            _complain([*error.notices, *error.problems])
             code = 2
         else:
             logger.error("%s", error)

@@ -7,7 +7,7 @@ and in nothing else.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from userspace_proxy.config import Flag
 from userspace_proxy.config.flag import UNUSED
@@ -16,21 +16,39 @@ from userspace_proxy.config.table import KNOWN
 AnyFlag = Flag[typing.Any]
 
 
-def bash(commands: Mapping[str, str]) -> str:
-    values = "\n".join(
-        f'        --{flag.name}) COMPREPLY=($(compgen -W "{" ".join(flag.kind.choices)}" -- "$word")) ;;'
-        for flag in _flags()
-        if flag.kind.choices and not flag.is_switch
+class Command(typing.NamedTuple):
+    help: str
+    words: Mapping[str, Sequence[str]] = {}
+    """What may follow upon its own name, or upon an option of its own."""
+
+
+Commands = Mapping[str, Command]
+
+
+def bash(commands: Commands) -> str:
+    own = "\n".join(
+        f"        {name}:{after}) {_bash_words(words)} ;;"
+        for name, command in commands.items()
+        for option, words in command.words.items()
+        for after in (option, f"{option}=")
     )
-    paths = "|".join(f"--{flag.name}" for flag in _flags() if flag.kind.placeholder == "PATH")
-    others = "|".join(f"--{flag.name}" for flag in _flags() if flag.kind.placeholder not in ("", "PATH"))
+    values = "\n".join(
+        f"        {_bash_flag(flag)}) {_bash_words(flag.kind.choices)} ;;" for flag in _flags() if flag.kind.choices
+    )
+    paths = "|".join(_bash_flag(flag) for flag in _flags() if flag.kind.placeholder == "PATH")
+    others = "|".join(_bash_flag(flag) for flag in _flags() if flag.kind.placeholder not in ("", "PATH"))
     return f"""\
 # bash completion for userspace-proxy: source this, or put it where bash-completion looks.
 _userspace_proxy() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} flag=${{COMP_WORDS[COMP_CWORD - 1]}}
     # Bash makes "=" a word of its own.
-    if [[ $word == "=" ]]; then word=; elif [[ $flag == "=" ]]; then flag=${{COMP_WORDS[COMP_CWORD - 2]}}; fi
+    if [[ $word == "=" ]]; then word=; flag+="="
+    elif [[ $flag == "=" ]]; then flag=${{COMP_WORDS[COMP_CWORD - 2]}}=; fi
     COMPREPLY=()
+    case ${{COMP_WORDS[1]}}:$flag in
+{own}
+        *) false ;;
+    esac && return
     case $flag in
 {values}
         {paths}) compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$word")) ;;
@@ -43,7 +61,16 @@ complete -F _userspace_proxy userspace-proxy
 """
 
 
-def zsh(commands: Mapping[str, str]) -> str:
+def _bash_flag(flag: AnyFlag) -> str:
+    """As a pattern. The value of a switch comes after "=" alone."""
+    return f"--{flag.name}=" if flag.is_switch else f"--{flag.name}|--{flag.name}="
+
+
+def _bash_words(words: Sequence[str]) -> str:
+    return f'COMPREPLY=($(compgen -W "{" ".join(words)}" -- "$word"))'
+
+
+def zsh(commands: Commands) -> str:
     lines = [f"    '{_zsh_flag(flag)}' \\" for flag in _flags()]
     return "\n".join(
         (
@@ -68,11 +95,15 @@ def _zsh_flag(flag: AnyFlag) -> str:
     return f"{head}:{flag.kind.placeholder.replace(':', ' ')}:{action}"
 
 
-def fish(commands: Mapping[str, str]) -> str:
+def fish(commands: Commands) -> str:
     lines = ["# fish completion for userspace-proxy: put this into ~/.config/fish/completions/userspace-proxy.fish"]
     lines.append("complete -c userspace-proxy -f")
-    for name, what in commands.items():
-        lines.append(f"complete -c userspace-proxy -n __fish_use_subcommand -a {name} -d '{_plain(what)}'")
+    for name, command in commands.items():
+        lines.append(f"complete -c userspace-proxy -n __fish_use_subcommand -a {name} -d '{_plain(command.help)}'")
+        for after, words in command.words.items():
+            option = "" if after == name else f" -x -{'s' if len(after) == 2 else 'l'} {after.lstrip('-')}"
+            seen = f"-n '__fish_seen_subcommand_from {name}'"
+            lines.append(f"complete -c userspace-proxy {seen}{option} -a '{' '.join(words)}'")
     for flag in _flags():
         line = f"complete -c userspace-proxy {'-s' if len(flag.name) == 1 else '-l'} {flag.name} -d '{_brief(flag)}'"
         if flag.kind.placeholder == "PATH":
@@ -83,7 +114,7 @@ def fish(commands: Mapping[str, str]) -> str:
     return "\n".join([*lines, ""])
 
 
-SHELLS: Mapping[str, Callable[[Mapping[str, str]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
+SHELLS: Mapping[str, Callable[[Commands], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
 
 
 def _flags() -> Iterator[AnyFlag]:

@@ -24,11 +24,12 @@ class UserspaceProxyError(Exception):
 
 
 class ConfigError(UserspaceProxyError):
-    """Flags that cannot be used. `problems` has one line for each, all of them."""
+    """Flags that cannot be used. `problems` has one line for each, all of them; `notices`, what else is to be known."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], notices: Sequence[str] = ()) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+        self.notices = tuple(notices)
 
 
 class ObjectError(UserspaceProxyError):
@@ -62,7 +63,7 @@ class HeaderError(UserspaceProxyError):
 
 
 class PortError(UserspaceProxyError):
-    """A port that cannot be had; tried again at the next sync."""
+    """A port that cannot be had. That of a service port is tried again at the next sync."""
 
 
 class NoEndpoints(UserspaceProxyError):

@@ -22,7 +22,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from userspace_proxy.capture.base import Capture
@@ -403,6 +403,6 @@ class Proxier:
         """How many there are to serve."""
         return len(self._snapshot.services) if self._snapshot else 0
 
-    def report(self) -> list[dict[str, object]]:
+    def report(self) -> Iterator[dict[str, object]]:
         """Every service port and what became of it; for /services and the table at the start."""
         return self._serving.report((self._snapshot or Snapshot()).services)

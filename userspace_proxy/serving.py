@@ -348,14 +348,13 @@ class Serving:
         """Held by proxy sockets and claims."""
         return len(self.served) + self.claims.descriptors
 
-    def report(self, services: Mapping[ServicePortName, ServicePort]) -> list[dict[str, object]]:
-        """Every service port and what became of it."""
-        return [
-            _row(key, service, self.served.get(key), self.problems.of(key))
-            for name, service in sorted(services.items())
-            for family in service.families
-            for key in sorted(k for k in self._keys.get(name, ()) if k.family is family) or [SocketKey(name, family)]
-        ]
+    def report(self, services: Mapping[ServicePortName, ServicePort]) -> Iterator[dict[str, object]]:
+        """Every service port and what has become of it when it is asked for: things may change between two of them."""
+        for name in sorted(services):
+            for family in services[name].families:
+                keys = sorted(key for key in self._keys.get(name, ()) if key.family is family)
+                for key in keys or [SocketKey(name, family)]:
+                    yield _row(key, services[name], self.served.get(key), self.problems.of(key))
 
 
 def _row(key: SocketKey, service: ServicePort, served: Served | None, problems: Sequence[str]) -> dict[str, object]:

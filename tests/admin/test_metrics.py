@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
 from tests.admin.client import asking
-from userspace_proxy.admin.metrics import Views
+from userspace_proxy.admin.metrics import SLICE, Views
 from userspace_proxy.config import Config
 from userspace_proxy.model import Endpoint, IPFamily, Portal, PortalKind, Protocol
 
@@ -67,6 +68,32 @@ def test_services_may_hold_the_nouns_of_the_model(run):
     assert endpoint.items() >= {"ip": "127.0.0.1", "port": 8081, "ready": True, "terminating": False}.items()
 
 
+def test_many_rows_leave_the_loop_its_turns(run):
+    made = []
+    seen = set()
+
+    def rows():
+        for number in range(10 * SLICE):
+            made.append(number)
+            yield {"number": number}
+
+    async def look():
+        while True:
+            seen.add(len(made))
+            await asyncio.sleep(0)
+
+    async def main():
+        views = Views(VIEWS.metrics, VIEWS.configz, rows, VIEWS.connections)
+        async with asking(views.app()) as client:
+            looking = asyncio.create_task(look())
+            answer = await client("/services", "GET")
+            looking.cancel()
+            return answer
+
+    assert json.loads(run(main()).text) == [{"number": number} for number in range(10 * SLICE)]
+    assert seen >= {n * SLICE for n in range(10)}
+
+
 def test_connections(run):
     answer = ask(run, "/connections")
     assert (answer.status, answer.text) == (200, "[]\n")
@@ -88,6 +115,7 @@ def test_views_are_asked_each_time(run):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT"])
 def test_healthz_of_its_own_answers_any_method(run, method):
+    assert ask(run, "/healthz/ping", method).status == 200
     answer = ask(run, "/healthz", method)
     assert (answer.status, answer.text) == (200, "" if method == "HEAD" else "ok")
 
@@ -103,5 +131,5 @@ def test_other_pages(run):
     answer = ask(run, "/readyz")
     assert answer.status == 404
     assert answer.text == (
-        "no such page; there are /configz, /connections, /healthz, /metrics, /proxyMode, /services\n"
+        "no such page; there are /configz, /connections, /healthz, /healthz/ping, /metrics, /proxyMode, /services\n"
     )

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from tests.admin.client import Client, asking, running
 from userspace_proxy.admin.servers import CONNECTIONS, AdminServer, application
-from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.exceptions import PortError
 
 
 def taken_port() -> tuple[socket.socket, int]:
@@ -49,12 +49,11 @@ def test_it_tells_the_port_the_kernel_picked_and_gives_it_back(run):
 def test_hard_fail_names_flag_address_and_ways_out(run):
     async def main():
         sock, port = taken_port()
-        with sock, pytest.raises(ConfigError) as caught:
+        with sock, pytest.raises(PortError) as caught:
             await server(port=port, hard_fail=True).run()
-        return port, caught.value.problems
+        return port, str(caught.value)
 
-    port, problems = run(main())
-    (problem,) = problems
+    port, problem = run(main())
     assert problem == (
         f"--healthz-bind-address: cannot listen on 127.0.0.1:{port}: Address already in use; end what has this "
         "address, or write another one, or --healthz-bind-address= for no such server"
@@ -63,7 +62,7 @@ def test_hard_fail_names_flag_address_and_ways_out(run):
 
 def test_hard_fail_on_an_address_that_is_not_ours(run):
     async def main():
-        with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:1: Cannot assign requested address"):
+        with pytest.raises(PortError, match=r"cannot listen on 192\.0\.2\.1:1: Cannot assign requested address"):
             await server("192.0.2.1", 1, hard_fail=True).run()
 
     run(main())

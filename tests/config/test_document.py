@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.config.flags import M
 from userspace_proxy.config import Address, Config, PortRange, parse, settings
-from userspace_proxy.config.document import only_flags, read_document, render
+from userspace_proxy.config.document import not_kept, only_flags, read_document, render
 from userspace_proxy.config.table import API_VERSION, FLAGS, as_document
 from userspace_proxy.config.unused import LocalMode
+from userspace_proxy.exceptions import ConfigError
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 
@@ -183,7 +185,7 @@ GOOD = {
     "clientConnection.burst": {"20": 20},
     "clientConnection.contentType": {"application/json": "application/json"},
     "clientConnection.kubeconfig": {"/var/lib/kube-proxy/kubeconfig.conf": "/var/lib/kube-proxy/kubeconfig.conf"},
-    "clientConnection.qps": {"7": 7.0, "2.5": 2.5},
+    "clientConnection.qps": {"7": 7.0, "2.5": 2.5, "1e3": 1000.0, "1.0e-07": 1e-7, "-1e+2": -100.0},
     "clusterCIDR": {"10.0.0.0/8,fd00::/8": ("10.0.0.0/8", "fd00::/8")},
     "configSyncPeriod": {"1m": 60.0},
     "conntrack.maxPerCore": {"0": 0, "5": 5},
@@ -278,7 +280,7 @@ WRONG = {
         "!!int _": "'_': not a whole number",
         '"5"': "'5': not a whole",
     },
-    "clientConnection.qps": {"fast": "'fast': not a number"},
+    "clientConnection.qps": {"fast": "'fast': not a number", '"5"': "'5': not a number"},
     "conntrack.min": {"-1": "'-1': too small"},
     "enableProfiling": {"[true]": "not true or false, without quotes"},
     "featureGates": {
@@ -358,6 +360,9 @@ def test_of_duplicate_fields_the_last_counts_and_that_is_told():
         "kp.yaml:5: udpIdleTimeout is in line 3 already; what comes last counts",
         "kp.yaml:6: iptables.syncPeriod is in line 6 already; what comes last counts",
     ]
+    found = read("featureGates:\n  SCTPSupport: true\n  SCTPSupport: false\n")
+    assert dict(found.values["feature-gates"]) == {"SCTPSupport": False}
+    assert found.notices == ["kp.yaml:5: featureGates.SCTPSupport is in line 4 already; what comes last counts"]
     assert read("udpIdleTimeout: 1s\nudpIdleTimeout: null\n").values == {}
 
 
@@ -401,6 +406,58 @@ def test_all_problems_at_once():
         "iptables",
         "ipvs.syncPeriod",
     ]
+
+
+DURATIONS = st.integers(10**9, 2**63 - 1).map(lambda ns: f"{ns}ns") | st.sampled_from(["0", "1.5s", "2h45m"])
+TEXTS: dict[str, st.SearchStrategy[str]] = {
+    "kube-api-qps": st.floats(allow_nan=False, allow_infinity=False, width=32).map(str)
+    | st.sampled_from(["0", "0.0000001", "1e3", "-1", ".5"]),
+    "kube-api-burst": st.integers(0, 2**31 - 1).map(str),
+    "iptables-sync-period": DURATIONS,
+    "iptables-min-sync-period": DURATIONS,
+    "conntrack-tcp-timeout-established": DURATIONS,
+    "ipvs-sync-period": DURATIONS,
+    "oom-score-adj": st.integers(-1000, 1000).map(str),
+    "healthz-bind-address": st.sampled_from(["", "::", "192.0.2.1:0", "[::1]:1"]),
+    "metrics-port": st.sampled_from(["0", "1"]),
+    "proxy-port-range": st.sampled_from(["", "0", "7", "7+3", "7-9"]),
+    "kubeconfig": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=9),
+    "ipvs-scheduler": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=9),
+    "kube-api-content-type": st.sampled_from(["", "0", "true", "null", "1e3"]),
+    "cluster-cidr": st.sampled_from(["", "10.0.0.0/8", "::/0,10.0.0.0/8"]),
+    "nodeport-addresses": st.sampled_from(["", "10.0.0.0/8", "::/0,10.0.0.0/8"]),
+    "feature-gates": st.sampled_from(["", "SCTPSupport=false", "SCTPSupport=t,AllBeta=f,SCTPSupport=f"]),
+    "profiling": st.sampled_from(["true", "false"]),
+}
+
+
+@hypothesis.settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional=TEXTS))
+def test_what_is_written_is_read_back_or_told(texts):
+    """Two that cannot be set together need not be."""
+    try:
+        config = parse([f"--{name}={text}" for name, text in texts.items()])
+    except ConfigError as error:
+        assert all("longer than" in each or "too short" in each or "blanks" in each for each in error.problems)  # noqa: PT017
+        return
+    found = read_document(render(config), "kp.yaml")
+    assert (found.problems, found.notices) == ([], [])
+    lost = {notice.partition("=")[0].removeprefix("--") for notice in not_kept(config)}
+    assert lost <= {"iptables-min-sync-period", "ipvs-sync-period", "healthz-bind-address", "metrics-bind-address"} | {
+        "kube-api-content-type"
+    }
+    for flag, value in settings(config):
+        if flag.place and flag.name not in lost:
+            assert flag.kind.as_json(found.values.get(flag.name, flag_default(flag.name))) == flag.kind.as_json(value)
+
+
+def test_what_the_file_cannot_say_is_told():
+    config = parse([M, "--iptables-min-sync-period=0", "--metrics-port=0", "--kube-api-qps=0", "--kube-api-burst=0"])
+    assert not_kept(config) == [
+        "--iptables-min-sync-period='0s': the file cannot say so; there it stands for the default",
+        "--metrics-bind-address='': the file cannot say so; there it stands for the default",
+    ]
+    assert not_kept(Config()) == []
 
 
 FIELDS = st.sampled_from([*NAMES, *(place.partition(".")[0] for place in NAMES), "x", "apiVersion"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.apiserver import APIServer, Object
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources.answers import Pace
+from userspace_proxy.sources.base import Told
 from userspace_proxy.sources.connection import Access, Connection
 from userspace_proxy.sources.kubernetes import ZONE, KubernetesSource
 from userspace_proxy.sources.objects import decode
@@ -33,14 +34,24 @@ def node_object(zone: str = "zone-a", name: str = NODE, *, taint: str = "", **me
 
 class Follower:
     def __init__(
-        self, access: Access, *, state: Path | None = None, pace: Pace = PACE, seed: int = 1, slices: bool = True
+        self,
+        access: Access,
+        *,
+        node: str = NODE,
+        state: Path | None = None,
+        before: Told | None = None,
+        pace: Pace = PACE,
+        seed: int = 1,
+        slices: bool = True,
     ) -> None:
         self.connection = Connection(access, time.monotonic, stall=pace.stall)
         server = self.connection.check()
         self.source = KubernetesSource(
             self.connection,
-            NODE,
+            server,
+            node,
             SavedState(state, server) if state else None,
+            before,
             pace=pace,
             clock=time.monotonic,
             rng=random.Random(seed),

@@ -19,6 +19,7 @@ from tests.e2e.node import endpoints, port, service
 from tests.sources.cluster import NODE, PACE, Follower, eventually, follow, meant, node_object
 from userspace_proxy.model import Node
 from userspace_proxy.sources.answers import SELECTOR
+from userspace_proxy.sources.base import Told
 from userspace_proxy.sources.connection import Access
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -486,6 +487,46 @@ def test_a_saved_state_is_served_until_the_api_server_is_back(
     api.delete(WEB)
     run(second())
     assert "is served until the API server has told its own" in caplog.text
+
+
+def test_what_was_told_before_is_served_at_once_where_it_is_of_the_same(api: APIServer, run: Run) -> None:
+    """Twice in a row, too: a successor that hears nothing passes on what it was given."""
+
+    async def first() -> None:
+        async with follow(api).running() as follower:
+            await eventually(lambda: follower.published)
+        told.append(follower.source.told)
+
+    async def second() -> None:
+        silent = dataclasses.replace(PACE, stall=60.0, patience=60.0)
+        async with follow(api, before=told[-1], pace=silent).running() as follower:
+            await eventually(lambda: follower.published)
+            assert follower.published == [told[0].snapshot]
+        told.append(follower.source.told)
+
+    async def third() -> None:
+        async with follow(api, before=told[-1]).running() as follower:
+            await eventually(lambda: follower.services == ["dns", "web"])
+        assert follower.services == ["dns", "web"]
+        assert follower.published[0] == told[0].snapshot
+
+    async def others() -> None:
+        other = dataclasses.replace(told[0], server="http://192.0.2.1:1")
+        for follower in (follow(api, before=other), follow(api, node="node-2", before=told[0])):
+            async with follower.running():
+                await asyncio.sleep(0.3)
+            assert not follower.published
+            assert follower.source.told is None
+
+    told: list[Told] = []
+    run(first())
+    api.away()
+    run(second())
+    run(second())
+    run(others())
+    api.put(service("dns", "10.96.0.11", [port(53)]))
+    api.back()
+    run(third())
 
 
 def test_a_state_that_was_about_to_be_saved_at_the_end_is_saved(api: APIServer, run: Run, tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_dying_again_and_again_is_counted_and_slowed_down(start: Start, caplog: 
         proxy = start(Protocol.TCP, V4, [endpoint.address])
         for _ in range(4):
             kill(proxy)
-        text = proxy.metrics.exposition()[0].decode()
+        text = proxy.wait_for(proxy.metrics.exposition())[0].decode()
         assert "userspace_proxy_worker_deaths_total 4.0" in text
         assert "userspace_proxy_workers 2.0" in text
         assert caplog.messages.count("worker 0 was killed by SIGKILL; its connections are reset") == 4

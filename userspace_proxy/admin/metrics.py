@@ -6,7 +6,8 @@ listens: there are no passwords, and /connections tells who talks to whom.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +16,9 @@ from aiohttp.typedefs import Handler
 
 from userspace_proxy.admin.servers import application
 
-Rows = Sequence[Mapping[str, object]]
+Rows = Iterable[Mapping[str, object]]
+SLICE = 50
+"""Rows that are made and written between two turns of the data path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +36,36 @@ class Views:
     def app(self) -> web.Application:
         app = application()
         app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/services", _json(self.services))
+        app.router.add_get("/services", self._services)
         app.router.add_get("/connections", self._connections)
-        app.router.add_get("/configz", _json(self.configz))
+        app.router.add_get("/configz", self._configz)
         app.router.add_get("/proxyMode", _text("userspace"))
         app.router.add_route("*", "/healthz", _text("ok"))
+        app.router.add_route("*", "/healthz/ping", _text("ok"))
         return app
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         body, content_type = await self.metrics()
         return web.Response(body=body, headers={"Content-Type": content_type})
 
+    async def _services(self, _request: web.Request) -> web.Response:
+        return await _as_json(self.services())
+
     async def _connections(self, _request: web.Request) -> web.Response:
-        return _as_json(await self.connections())
+        return await _as_json(await self.connections())
+
+    async def _configz(self, _request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self.configz()) + b"\n", content_type="application/json")
 
 
-def _json(view: Callable[[], object]) -> Handler:
-    async def answer(_request: web.Request) -> web.Response:
-        return _as_json(view())
-
-    return answer
-
-
-def _as_json(content: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(content) + b"\n", content_type="application/json")
+async def _as_json(rows: Rows) -> web.Response:
+    """In turns with the data path: there may be thousands."""
+    written = []
+    for number, row in enumerate(rows, 1):
+        written.append(msgspec.json.encode(row))
+        if number % SLICE == 0:
+            await asyncio.sleep(0)
+    return web.Response(body=b"[" + b",".join(written) + b"]\n", content_type="application/json")
 
 
 def _text(text: str) -> Handler:

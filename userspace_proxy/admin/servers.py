@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from userspace_proxy.exceptions import ConfigError
+from userspace_proxy.exceptions import PortError
 from userspace_proxy.model import join_host_port
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Listener:
         self.listening = asyncio.Event()
 
     async def accept(self, server: web.Server) -> None:
-        """Have `server` answer until cancelled. Raises ConfigError where the address cannot be had and has to be."""
+        """Have `server` answer until cancelled. Raises PortError where the address cannot be had and has to be."""
         try:
             sock = await self._listen()
             accepting = await asyncio.get_running_loop().create_server(_with_room(server), sock=sock)
@@ -84,7 +84,7 @@ class Listener:
                 where = join_host_port(self._ip, self._port)
                 problem = f"{self._flag}: cannot listen on {where}: {reason}; {self._advice}"
                 if self._hard_fail:
-                    raise ConfigError([problem]) from error
+                    raise PortError(problem) from error
                 if problem != told:
                     told = problem
                     logger.warning("%s; trying again every %g s", problem, self._retry)
@@ -109,7 +109,7 @@ class AdminServer(Listener):
         self._app = app
 
     async def run(self) -> None:
-        """Serve until cancelled. Raises ConfigError if the address cannot be had and that is to be an error."""
+        """Serve until cancelled. Raises PortError if the address cannot be had and that is to be an error."""
         async with answering(self._app) as server:
             await self.accept(server)
 

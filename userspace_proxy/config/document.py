@@ -66,11 +66,22 @@ def only_flags(config: Config) -> list[str]:
     ]
 
 
+def not_kept(config: Config) -> list[str]:
+    """Notices of what is written and not read back: where Go cannot tell a zero from nothing, it is the default."""
+    read = read_document(render(config), "").values
+    notices = []
+    for (flag, value), (_, default) in zip(settings(config), settings(Config()), strict=True):
+        if flag.place and flag.kind.as_json(value) != flag.kind.as_json(read.get(flag.name, default)):
+            name = flag.place if flag.in_file_only else f"--{flag.name}"
+            notices.append(f"{name}={flag.kind.show(value)!r}: the file cannot say so; there it stands for the default")
+    return notices
+
+
 class _Dumper(yaml.SafeDumper):
-    """Texts as Go writes them: with double quotes, where they need any."""
+    """Texts as Go writes them: with double quotes, where they need any. Others do not keep every line break."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, None if text else '"')
+        return self.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() and text else '"')
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -93,14 +104,10 @@ class _Reader:
             self._fields(root, "")
 
     def _fields(self, mapping: yaml.MappingNode, section: str) -> None:
-        lines: dict[str, int] = {}
+        self._tell_duplicates(mapping, section)
         for key, node in mapping.value:
             name = str(key.value)
             place = f"{section}.{name}" if section else name
-            if name in lines:
-                said = f"{self._at(key)}: {place} is in line {lines[name]} already; what comes last counts"
-                self._found.notices.append(said)
-            lines[name] = key.start_mark.line + 1
             if place in _PLACES:
                 self._value(_PLACES[place], node)
             elif place in _SECTIONS:
@@ -110,6 +117,15 @@ class _Reader:
                     f"{self._at(key)}: no field {place!r} is known{_nearest(place)}; passed over"
                 )
 
+    def _tell_duplicates(self, mapping: yaml.MappingNode, section: str) -> None:
+        lines: dict[str, int] = {}
+        for key, _ in mapping.value:
+            place = f"{section}.{key.value}" if section else str(key.value)
+            if place in lines:
+                said = f"{self._at(key)}: {place} is in line {lines[place]} already; what comes last counts"
+                self._found.notices.append(said)
+            lines[place] = key.start_mark.line + 1
+
     def _section(self, name: str, node: yaml.Node) -> None:
         if isinstance(node, yaml.MappingNode):
             self._fields(node, name)
@@ -118,6 +134,8 @@ class _Reader:
 
     def _value(self, flag: AnyFlag, node: yaml.Node) -> None:
         self._found.values.pop(flag.name, None)
+        if flag.kind.json is dict and isinstance(node, yaml.MappingNode):
+            self._tell_duplicates(node, flag.place)
         try:
             parts = [text for text in _texts(flag, node) if flag.keeps_zero or not flag.kind.is_zero(text)]
             if flag.kind.repeats and parts:
@@ -151,6 +169,8 @@ def _texts(flag: AnyFlag, node: yaml.Node) -> list[str]:
 
 def _text(node: yaml.Node, wanted: type) -> str:
     tag = node.tag.rpartition(":")[2]
+    if wanted is float and isinstance(node, yaml.ScalarNode) and tag == "str" and not node.style:
+        return str(node.value)  # 1e3 is a number to Go, and text to PyYAML
     if not isinstance(node, yaml.ScalarNode) or (tag not in _TAGS[wanted] and (wanted, node.value) != (str, "0")):
         quotes = ", in quotes" if wanted is str and isinstance(node, yaml.ScalarNode) else ""
         raise ValueError(f"not {_NAMES[wanted]}{quotes}")

@@ -79,8 +79,10 @@ def duration(example: str, least: str) -> Kind[float]:
     return Kind("DURATION", allowed, parse, format_duration, example, is_zero=lambda text: parse_duration(text) == 0)
 
 
-def number(least: int, most: int, example: int) -> Kind[int]:
-    def parse(text: str) -> int:
+def number(least: int, most: int, example: int, zero: int = 0) -> Kind[int]:
+    """`zero` is what 0 stands for."""
+
+    def read(text: str) -> int:
         if not re.fullmatch(r"[-+]?[0-9]{1,18}", text):
             raise ValueError("not a whole number")
         if not least <= int(text) <= most:
@@ -88,23 +90,32 @@ def number(least: int, most: int, example: int) -> Kind[int]:
         return int(text)
 
     allowed = f"a whole number from {least} to {most}"
-    return Kind("N", allowed, parse, str, str(example), json=int, is_zero=lambda text: parse(text) == 0)
+    parse, is_zero = (lambda text: read(text) or zero), (lambda text: read(text) == 0)
+    return Kind("N", allowed, parse, str, str(example), json=int, is_zero=is_zero)
 
 
-def decimal(example: float) -> Kind[float]:
-    def parse(text: str) -> float:
-        if not re.fullmatch(r"[-+]?([0-9]{1,12}\.?[0-9]{0,12}|\.[0-9]{1,12})", text):
+_LARGEST = 3.4028234663852886e38
+"""Go's float32."""
+
+
+def decimal(example: float, zero: float = 0.0) -> Kind[float]:
+    """`zero` is what 0 stands for."""
+
+    def read(text: str) -> float:
+        if not re.fullmatch(r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,2})?", text):
             raise ValueError("not a number")
-        return float(text)
+        if abs(number := float(text)) > _LARGEST:
+            raise ValueError("too large")
+        return number
 
     return Kind(
         "NUMBER",
         "a number such as 5 or 2.5",
-        parse,
-        "{:g}".format,
+        lambda text: read(text) or zero,
+        lambda number: repr(number).removesuffix(".0"),
         f"{example:g}",
         json=float,
-        is_zero=lambda text: parse(text) == 0,
+        is_zero=lambda text: read(text) == 0,
     )
 
 

@@ -75,7 +75,7 @@ class KubeProxySettings:
     kube_api_qps: float = setting(
         5.0,
         "kube-api-qps",
-        decimal(5),
+        decimal(5, zero=5.0),
         SERVER,
         "How many requests a second are sent to the API server in the long run. 0: 5. Below 0: no limit.",
         place="clientConnection.qps",
@@ -83,7 +83,7 @@ class KubeProxySettings:
     kube_api_burst: int = setting(
         10,
         "kube-api-burst",
-        number(0, 2_147_483_647, 10),
+        number(0, 2_147_483_647, 10, zero=10),
         SERVER,
         "How many requests may be sent at once, faster than --kube-api-qps. 0: 10.",
         place="clientConnection.burst",

@@ -82,9 +82,10 @@ def parse(argv: Sequence[str], *, look: bool = True) -> Config | Show:
         problems += [problem for names, problem in contradictions(config, called) if unusable.isdisjoint(names)]
     if look and not config.cleanup and not config.write_config_to:
         problems += _missing(config.manifests)
+    notices += _without_effect(config, {flag.name for flag, _ in given})
     if problems:
-        raise ConfigError(problems)
-    return replace(config, notices=(*notices, *_without_effect(config, {flag.name for flag, _ in given})))
+        raise ConfigError(problems, notices)
+    return replace(config, notices=tuple(notices))
 
 
 def _values(given: Iterable[Given], problems: list[str]) -> tuple[Values, set[str]]:

@@ -59,7 +59,7 @@ def parse_duration(text: str) -> float:
 def format_duration(seconds: float) -> str:
     """As Go prints it: `250ms`, `1.5s`, `15m0s`, `0s`."""
     sign = "-" if seconds < 0 else ""
-    nanoseconds = round(abs(seconds) * 1_000_000_000)
+    nanoseconds = min(round(Fraction(abs(seconds)) * 1_000_000_000), _LONGEST)
     if not nanoseconds:
         return "0s"
     if nanoseconds < _NANOSECONDS["s"]:

@@ -31,10 +31,24 @@ class Event:
     """Empty: it is about the node."""
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an API server has told, or a saved state of it, for the source that comes after."""
+
+    server: str
+    """Named by where it was configured to be."""
+    snapshot: Snapshot
+    """With the node that it was told to."""
+
+
 class Source(typing.Protocol):
     @property
     def problems(self) -> tuple[str, ...]:
         """Objects that are refused at present, one line each."""
+
+    @property
+    def told(self) -> Told | None:
+        """What was published last, where another source cannot just read it anew."""
 
     async def run(self, publish: Publish) -> None:
         """Publish snapshots until cancelled. Raises only what makes going on pointless (ConfigError)."""

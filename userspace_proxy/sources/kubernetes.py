@@ -3,7 +3,8 @@
 Three reflectors follow Services, EndpointSlices (where there are none, Endpoints) and this Node; here is what they feed
 and when a Snapshot goes out: not before all have been listed once, and then with each batch of events that changes it.
 While the API server is away nothing is published, so the proxier goes on with what it has. If it is away when we start,
-the state that the last run saved is published, until all has been listed.
+the state that the last run saved is published, until all has been listed; what the same process was told before the
+config file changed, at once.
 
 Objects are checked as those of manifests are, except that loopback endpoints are refused, as by the API server itself:
 they would lead everybody who may write an EndpointSlice to what listens on a node for the node alone.
@@ -24,7 +25,7 @@ from userspace_proxy.exceptions import ObjectError
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources import answers
 from userspace_proxy.sources.answers import ENDPOINT_SLICES, ENDPOINTS, SERVICES, Pace, Randomness, Unreadable
-from userspace_proxy.sources.base import Event, Publish
+from userspace_proxy.sources.base import Event, Publish, Told
 from userspace_proxy.sources.connection import Connection
 from userspace_proxy.sources.events import Events
 from userspace_proxy.sources.identity import Identity, identify
@@ -162,21 +163,28 @@ def _mapping(value: object, field: str) -> dict[str, Any]:
 
 
 class KubernetesSource:
-    """Follows the API server at the end of `connection`, as the node called `node_name`."""
+    """Follows `server`, the API server at the end of `connection`, as the node called `node_name`."""
 
     def __init__(
         self,
         connection: Connection,
+        server: str,
         node_name: str,
         saved: SavedState | None,
+        before: Told | None = None,
         *,
         pace: Pace,
         clock: Callable[[], float],
         rng: Randomness,
         slices: bool = True,
     ) -> None:
-        """Without `slices` endpoints are had from Endpoints, even where there are EndpointSlices."""
+        """Without `slices` endpoints are had from Endpoints, even where there are EndpointSlices.
+
+        What was told `before` is passed over if it was by another API server, or to another node.
+        """
         self._connection = connection
+        self._server = server
+        self._before = before
         self._saved = saved
         self._pace = pace
         self._store = Store()
@@ -187,6 +195,8 @@ class KubernetesSource:
         self._unsaved: str | None = None
         """Why the state could not be saved when that was last tried."""
         self._snapshot: Snapshot | None = None
+        """As the API server tells it now."""
+        self.told: Told | None = None
         self._publish: Publish = lambda snapshot: None
         self._services = _ObjectFeed(self._store, self._flush, self._away.set)
         self._endpoints = _ObjectFeed(self._store, self._flush, self._away.set)
@@ -206,6 +216,10 @@ class KubernetesSource:
 
     async def run(self, publish: Publish) -> None:
         self._publish = publish
+        before = self._before
+        known = before and before.server == self._server and before.snapshot.node
+        if before and known and known.name == self._node.node.name:
+            self._serve_meanwhile(before.snapshot)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for reflector in self._reflectors:
@@ -237,6 +251,7 @@ class KubernetesSource:
             return
         self._snapshot = replace(found, node=node)
         self._changed.set()
+        self.told = Told(self._server, self._snapshot)
         self._publish(self._snapshot)
 
     async def _publish_again(self) -> None:
@@ -246,16 +261,21 @@ class KubernetesSource:
             if self._snapshot is not None:
                 self._publish(self._snapshot)
 
+    def _serve_meanwhile(self, snapshot: Snapshot) -> None:
+        """Until the API server has told its own."""
+        if snapshot.node is not None and snapshot.node.name == self._node.node.name and not self._node.listed:
+            self._node.node = snapshot.node
+        self.told = Told(self._server, replace(snapshot, node=self._node.node))
+        self._publish(self.told.snapshot)
+
     async def _serve_saved(self, saved: SavedState) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._pace.patience):
                 await self._away.wait()
-        snapshot = None if self._snapshot else await asyncio.to_thread(saved.load)
-        if snapshot is not None and self._snapshot is None:
+        snapshot = None if self.told else await asyncio.to_thread(saved.load)
+        if snapshot is not None and self.told is None:
             logger.warning("the state saved in %s is served until the API server has told its own", saved.file)
-            if snapshot.node is not None and snapshot.node.name == self._node.node.name and not self._node.listed:
-                self._node.node = snapshot.node
-            self._publish(replace(snapshot, node=self._node.node))
+            self._serve_meanwhile(snapshot)
 
     async def _save_changes(self, saved: SavedState) -> None:
         while True:

@@ -58,6 +58,8 @@ class ManifestSource:
         self._warned: frozenset[str] = frozenset()
         self.problems: tuple[str, ...] = ()
         """What is refused at present, one line each."""
+        self.told = None
+        """The files are there to be read."""
 
     async def run(self, publish: Publish) -> None:
         """Publish what the manifests hold, and again whenever that changes. Raises ConfigError for a missing path."""
