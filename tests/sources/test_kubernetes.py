@@ -19,7 +19,7 @@ from tests.e2e.node import endpoints, port, service
 from tests.sources.cluster import NODE, PACE, Follower, eventually, follow, meant, node_object
 from userspace_proxy.model import Node
 from userspace_proxy.sources.answers import SELECTOR
-from userspace_proxy.sources.connection import Access
+from userspace_proxy.sources.credentials import Access
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

@@ -12,7 +12,8 @@ from tests.apiserver import GOOD, APIServer, Manner
 from tests.e2e.node import port, service
 from tests.sources.cluster import PACE, eventually
 from userspace_proxy.sources.answers import SERVICES
-from userspace_proxy.sources.connection import Access, Connection
+from userspace_proxy.sources.connection import Connection
+from userspace_proxy.sources.credentials import Access
 from userspace_proxy.sources.reflector import Reflector
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
