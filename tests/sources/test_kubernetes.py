@@ -520,6 +520,18 @@ def test_a_saved_state_is_left_alone_where_the_api_server_answers(api: APIServer
     run(main())
 
 
+def test_an_api_server_that_is_silent_about_nodes_does_not_hold_up_services(run: Run) -> None:
+    async def main() -> None:
+        follower = follow(api, pace=dataclasses.replace(PACE, stall=60.0, patience=0.2))
+        async with follower.running():
+            await eventually(lambda: follower.services == ["web"])
+
+    with APIServer() as api:
+        api.put(service("web", "10.96.0.10", [port(80)]), endpoints("web", ["10.1.0.2:80"]), node_object())
+        api.manner = lambda request: Manner(silent=0) if request.kind == "Node" else GOOD
+        run(main())
+
+
 def test_an_api_server_that_is_silent_does_not_hold_up_the_saved_state(
     api: APIServer, run: Run, tmp_path: Path
 ) -> None:
