@@ -108,7 +108,8 @@ async def _longest_gap(done: Callable[[], bool]) -> float:
 async def _measure(pipe: Pipe, url: str, services: int) -> None:
     from userspace_proxy.model import Snapshot
     from userspace_proxy.sources.answers import Pace
-    from userspace_proxy.sources.connection import Access, Connection
+    from userspace_proxy.sources.connection import Connection
+    from userspace_proxy.sources.credentials import Access
     from userspace_proxy.sources.kubernetes import KubernetesSource
 
     print(f"imports: {_used()[0]:.2f} s of CPU, {_used()[1]:.0f} MB")

@@ -114,6 +114,27 @@ def test_what_cannot_be_used_or_says_the_same_changes_nothing(file: Path, caplog
     assert caplog.text.count("says the same") == 1, "and nothing at the start"
 
 
+def test_reading_it_ends_nothing(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever it names is read with it: a kubeconfig, say, with what nobody has thought of."""
+    running = parse([f"--config={file}"])
+    assert isinstance(running, Config)
+
+    def read() -> Config:
+        if b"9s" not in file.read_bytes():
+            raise AttributeError("'str' object has no attribute 'get'")
+        return replace(running, udp_timeout=9.0)
+
+    async def main() -> None:
+        task = asyncio.create_task(ConfigFile(file, running, read, PERIOD).changed())
+        await until(lambda: "going on as before" in caplog.text)
+        write(file, "udpIdleTimeout: 9s\n")
+        async with asyncio.timeout(10):
+            assert (await task).udp_timeout == 9.0
+
+    asyncio.run(main())
+    assert "AttributeError" in caplog.text
+
+
 @pytest.mark.timeout(20)
 def test_what_is_no_file_any_more_is_not_waited_for(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:

@@ -52,8 +52,8 @@ class ConfigFile:
     def _another(self, *, quietly: bool) -> Config | None:
         try:
             config = self._parse()
-        except ConfigError as error:
-            for problem in error.problems:
+        except Exception as error:  # noqa: BLE001 - a file that somebody writes must not end what runs, whatever is in it
+            for problem in error.problems if isinstance(error, ConfigError) else [repr(error)]:
                 logger.error("--config: %s", problem)
             logger.error("--config: %s has changed and cannot be used; going on as before", self._path)
             return None

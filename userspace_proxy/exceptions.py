@@ -3,6 +3,7 @@
     UserspaceProxyError
     ├── ConfigError            flags that cannot be used; carries every problem found
     ├── ObjectError            one Service, EndpointSlice or Endpoints object that is refused
+    ├── CredentialsError       who we are to an API server cannot be told now; tried again
     ├── APIError               an API server that refuses a request, or that cannot be reached
     ├── HeaderError            a connection that does not start with the header it should
     ├── PortError              a port that cannot be had (in use, claimed by another, range exhausted)
@@ -44,6 +45,10 @@ class ObjectError(UserspaceProxyError):
         self.where = where
         self.what = what
         self.problems = tuple(problems)
+
+
+class CredentialsError(UserspaceProxyError):
+    """Who we are to the API server, or the way to it, cannot be told from what is there now."""
 
 
 class APIError(UserspaceProxyError):

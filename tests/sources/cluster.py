@@ -14,7 +14,8 @@ from tests.apiserver import APIServer, Object
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources.answers import Pace
 from userspace_proxy.sources.base import Told
-from userspace_proxy.sources.connection import Access, Connection
+from userspace_proxy.sources.connection import Connection
+from userspace_proxy.sources.credentials import Access
 from userspace_proxy.sources.kubernetes import ZONE, KubernetesSource
 from userspace_proxy.sources.objects import decode
 from userspace_proxy.sources.saved import SavedState

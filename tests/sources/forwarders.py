@@ -38,6 +38,8 @@ class Forwarder(Servers, abc.ABC):
 
     def __init__(self, user: str = "", password: str = "") -> None:
         self.asked: list[str] = []
+        self.hosts: dict[str, str] = {}
+        """Names that nobody but this proxy knows."""
         self._login = (user, password) if user else None
         super().__init__(self._forward)
 
@@ -49,7 +51,7 @@ class Forwarder(Servers, abc.ABC):
     def _forward(self, client: socket.socket) -> None:
         host, port = self._greet(client)
         self.asked.append(f"{host}:{port}")
-        with socket.create_connection((host, port), 10) as server:
+        with socket.create_connection((self.hosts.get(host, host), port), 10) as server:
             self._agree(client)
             server.settimeout(20)
             back = threading.Thread(target=_pump, args=(server, client), daemon=True)

@@ -15,7 +15,8 @@ import pytest
 from tests.apiserver import GOOD, APIServer, Manner, Request
 from tests.sources.cluster import eventually
 from userspace_proxy.sources.base import Event
-from userspace_proxy.sources.connection import Access, Connection
+from userspace_proxy.sources.connection import Connection
+from userspace_proxy.sources.credentials import Access
 from userspace_proxy.sources.events import TRIES, WAITING, Events, written
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]

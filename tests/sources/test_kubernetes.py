@@ -20,7 +20,7 @@ from tests.sources.cluster import NODE, PACE, Follower, eventually, follow, mean
 from userspace_proxy.model import Node
 from userspace_proxy.sources.answers import SELECTOR
 from userspace_proxy.sources.base import Told
-from userspace_proxy.sources.connection import Access
+from userspace_proxy.sources.credentials import Access
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -559,6 +559,18 @@ def test_a_saved_state_is_left_alone_where_the_api_server_answers(api: APIServer
     run(main())
     api.put(service("dns", "10.96.0.11", [port(53)]))
     run(main())
+
+
+def test_an_api_server_that_is_silent_about_nodes_does_not_hold_up_services(run: Run) -> None:
+    async def main() -> None:
+        follower = follow(api, pace=dataclasses.replace(PACE, stall=60.0, patience=0.2))
+        async with follower.running():
+            await eventually(lambda: follower.services == ["web"])
+
+    with APIServer() as api:
+        api.put(service("web", "10.96.0.10", [port(80)]), endpoints("web", ["10.1.0.2:80"]), node_object())
+        api.manner = lambda request: Manner(silent=0) if request.kind == "Node" else GOOD
+        run(main())
 
 
 def test_an_api_server_that_is_silent_does_not_hold_up_the_saved_state(

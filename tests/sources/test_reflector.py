@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import pytest
+
 from tests.apiserver import GOOD, APIServer, Manner
 from tests.e2e.node import port, service
 from tests.sources.cluster import PACE, eventually
 from userspace_proxy.sources.answers import SERVICES
-from userspace_proxy.sources.connection import Access, Connection
+from userspace_proxy.sources.connection import Connection
+from userspace_proxy.sources.credentials import Access
 from userspace_proxy.sources.reflector import Reflector
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -92,3 +95,27 @@ def test_events_before_a_break_count_and_those_after_it_come_by_the_next_watch(r
     puts = [name for call, name in feed.calls if call == "put"]
     assert puts == [f"s{number}" for number in range(2, 9)] or "replace" in [call for call, _ in feed.calls[2:]]
     assert len(puts) == len(set(puts)), "no event twice"
+
+
+def test_trouble_is_told_once_whatever_numbers_are_in_it(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """And what is served meanwhile is told as it is."""
+
+    async def body(feed: Recorder) -> None:
+        await eventually(lambda: len(api.requests) > 8)
+        assert caplog.text.count("Not enough data") == 1
+        assert "nothing is known of them yet" in caplog.text
+        api.manner = lambda request: Manner(status=503)
+        await eventually(lambda: caplog.text.count("the API server says 503") == 1)
+        api.manner = lambda request: GOOD
+        await eventually(lambda: api.watches("Service"))
+        assert "what was known last is served" not in caplog.text
+        api.manner = lambda request: Manner(status=403)
+        api.away()
+        api.back()
+        await eventually(lambda: "the API server says 403" in caplog.text)
+        assert "what was known last is served" in caplog.text
+
+    with APIServer() as api:
+        api.put(web(1))
+        api.manner = lambda request: Manner(cut=300 + len(api.requests))
+        run(follow(api, body))

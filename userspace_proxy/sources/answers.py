@@ -54,7 +54,7 @@ class Pace:
     stall: float = 90.0
     """Without a byte for so long a connection is given up; a watch has a bookmark each minute."""
     patience: float = 5.0
-    """For the first lists; then the saved state is served meanwhile."""
+    """For the first lists; then the saved state is served meanwhile, and the Node is no longer waited for."""
     save_after: float = 5.0
     """Changes gather for so long before they are written to disk."""
     save_again: float = 30.0

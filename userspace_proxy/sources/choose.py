@@ -31,7 +31,8 @@ def _node_name(config: Config) -> str:
 
 def _kubernetes(config: Config, before: Told | None) -> Source:
     from userspace_proxy.sources.answers import Pace
-    from userspace_proxy.sources.connection import Access, Connection
+    from userspace_proxy.sources.connection import Connection
+    from userspace_proxy.sources.credentials import Access
     from userspace_proxy.sources.kubernetes import KubernetesSource
     from userspace_proxy.sources.saved import SavedState
 

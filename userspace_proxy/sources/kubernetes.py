@@ -114,7 +114,7 @@ class _ObjectFeed:
 
 
 class _NodeFeed:
-    """This node. Nobody waits for it: what it decides is a matter of preference.
+    """This node. Nobody waits long for it: what it decides is a matter of preference.
 
     One that is gone is what it was last: the machine may still run, and go on leaving.
     """
@@ -224,6 +224,7 @@ class KubernetesSource:
             async with asyncio.TaskGroup() as tasks:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run(), name="reflector")
+                tasks.create_task(self._settle(), name="settle")
                 tasks.create_task(self._publish_again(), name="resync")
                 tasks.create_task(self._events.run(), name="events")
                 if self._saved is not None:
@@ -253,6 +254,11 @@ class KubernetesSource:
         self._changed.set()
         self.told = Told(self._server, self._snapshot)
         self._publish(self._snapshot)
+
+    async def _settle(self) -> None:
+        """The server may answer for Services alone, and be silent about nodes."""
+        await asyncio.sleep(self._pace.patience)
+        self._node.failed()
 
     async def _publish_again(self) -> None:
         """What has been lost on the way to the kernel comes back, as after kube-proxy's resync."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 50
 """Events after which the data path gets its turn."""
+_NUMBER = re.compile(r"\d+")
 
 Item = TypeVar("Item")
 
@@ -79,6 +81,8 @@ class Reflector(Generic[Item]):
         self._rng = rng
         self._course = Course(pace, rng)
         self._trouble = ""
+        """What was told, without its numbers: the bytes that had come when a connection broke are others each time."""
+        self._listed = False
         self._step: asyncio.Timeout | None = None
 
     async def run(self) -> None:
@@ -127,6 +131,7 @@ class Reflector(Generic[Item]):
         self._resource = resource
         await self._feed.replace(items)
         self._course.listed(version)
+        self._listed = True
         self._well()
         self._feed.flush()
 
@@ -185,10 +190,12 @@ class Reflector(Generic[Item]):
         if self._course.version and not error.status and not self._course.is_failing:
             logger.debug("%s", trouble)  # watches break off: a load balancer has had enough of it, say
             return
-        if trouble != self._trouble:
+        kind = f"{error.status} {_NUMBER.sub('', trouble)}"
+        if kind != self._trouble:
             level = logging.INFO if error.status == 410 else logging.WARNING
-            logger.log(level, "%s; what was known last is served", trouble)
-        self._trouble = trouble
+            meanwhile = "what was known last is served" if self._listed else "nothing is known of them yet"
+            logger.log(level, "%s; %s", trouble, meanwhile)
+        self._trouble = kind
         self._feed.failed()
 
     def _well(self) -> None:
