@@ -336,7 +336,8 @@ def test_nobody_is_served_without_rules_and_routes(node: Node) -> None:
     assert "run as root" in said
     assert "capture nftables does not work here" in said
     for (name, _), proxy_port in ports.items():
-        assert re.search(rf"^default/{name} .* {proxy_port} .* can use \S+:{proxy_port}$", said, re.MULTILINE)
+        assert re.search(rf"^default/{name} .* {proxy_port} ", said, re.MULTILINE)
+        assert re.search(rf"^    default/{name}: .* can use \S+:{proxy_port}$", said, re.MULTILINE)
     assert traces(node) == before
 
 

@@ -16,7 +16,7 @@ import ssl
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,7 +78,8 @@ class _Connector(aiohttp.TCPConnector):
 
     def abort(self) -> None:
         for transport in self._transports:
-            transport.abort()
+            with suppress(AttributeError):  # of one whose TLS is over already, on Python 3.11.2
+                transport.abort()
 
 
 class _SOCKSConnector(_Connector, aiohttp_socks.ProxyConnector):
