@@ -34,7 +34,8 @@ def test_a_standard_output_that_takes_nothing_ends_nobody(tmp_path: Path, stdout
         command = (
             f"exec 2>{tmp_path}/log; (timeout 3 {sys.executable} -m userspace_proxy {flags}; echo $? >&2) {stdout}"
         )
-    done = subprocess.run(["bash", "-c", command], timeout=30, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], timeout=30, check=False, env=buffered)
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
     assert "SIGTERM: draining" in log
@@ -42,7 +43,11 @@ def test_a_standard_output_that_takes_nothing_ends_nobody(tmp_path: Path, stdout
     for written in (["--help"], ["--version"]):
         with open("/dev/full", "w") as full:
             shown = subprocess.run(
-                [sys.executable, "-m", "userspace_proxy", *written], stdout=full, stderr=subprocess.PIPE, check=False
+                [sys.executable, "-m", "userspace_proxy", *written],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                check=False,
+                env=buffered,
             )
         assert shown.stderr.startswith(b"userspace-proxy: standard output: No space left on device")
 
@@ -91,7 +96,7 @@ class Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        eventually(lambda: self.log().count("serving on http") == 2 and "SERVICE PORT" in self.log(), 20)
+        eventually(lambda: self.log().count("bind-address: serving on http") == 2 and "SERVICE PORT" in self.log(), 20)
 
     def log(self) -> str:
         return self._log.read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 
 import pytest
@@ -18,7 +17,7 @@ KEY = SocketKey(ServicePortName("default", "web", "http"), V4)
 
 def test_node_ports_are_held_on_all_addresses_unless_networks_are_given() -> None:
     def addresses(*networks: str) -> tuple[str, ...]:
-        return asyncio.run(Claims(networks, Problems(), lambda place: None).addresses())
+        return Claims(networks, Problems(), lambda place: None).addresses()
 
     assert addresses() == ("0.0.0.0", "::")
     assert addresses("127.0.0.0/8") == ("127.0.0.1",)

@@ -85,7 +85,7 @@ def test_a_node_port_that_we_have_as_proxy_port_is_told_as_ours(run: Run) -> Non
         with serving() as made:
             assert made.open(KEY, TCP, ())
             port = made.served[KEY].socket.port
-            addresses = await made.claims.addresses()
+            addresses = made.claims.addresses()
             assert not made.claims.hold(LocalPort(V4, Protocol.TCP, port), addresses, KEY)
             [problem] = made.problems.of(KEY)
             assert f"by this proxy, as the proxy port of {NAME}: keep" in problem

@@ -33,7 +33,7 @@ from userspace_proxy.config import Config, PortRange
 from userspace_proxy.configfile import ConfigFile
 from userspace_proxy.exceptions import CaptureError
 from userspace_proxy.features import gated
-from userspace_proxy.logs import set_verbosity
+from userspace_proxy.logs import set_verbosity, show
 from userspace_proxy.metrics import Metrics, Outcome
 from userspace_proxy.model import Protocol, Snapshot
 from userspace_proxy.proxier import Proxier
@@ -160,7 +160,7 @@ class App:
                     tasks.create_task(self._data_path.run(), name="workers")
                 publish = gated(self._publish, self._config.is_on)
                 tasks.create_task(self._source.run(publish), name="source")
-                tasks.create_task(self._health_checks.run(), name="health checks")
+                tasks.create_task(self._answer_load_balancers(), name="health checks")
                 tasks.create_task(self._proxier.run(), name="proxier")
                 for server in self._admin_servers():
                     tasks.create_task(server.run(), name="admin")
@@ -185,8 +185,7 @@ class App:
         gc.enable()
         captured = self._has_portals and not self._proxier.progress.capture_error
         try:
-            sys.stdout.write(render(list(self._proxier.report()), captured=captured) + "\n")
-            sys.stdout.flush()
+            show(render(list(self._proxier.report()), captured=captured) + "\n")
         except OSError as error:  # a full disk, or a reader that has left: no reason to end
             logger.warning("the table cannot be shown on standard output: %s; see /services", error.strerror)
 
@@ -281,6 +280,11 @@ class App:
     def _has_room(self) -> bool:
         """Whether one more may, so that some stay for connections."""
         return self._held() < self._most_held
+
+    async def _answer_load_balancers(self) -> None:
+        """From when there is something to send clients to, and with the descriptors that proxy sockets have left."""
+        await self._proxier.progress.first_sync.wait()
+        await self._health_checks.run()
 
     def _no_health_check(self, checked: Checked, problem: str) -> None:
         """Load balancers will send this node no traffic of the Service."""

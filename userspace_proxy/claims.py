@@ -7,7 +7,6 @@ that it is this proxy itself. Which ports to hold is decided in `plan`; how a po
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
@@ -43,11 +42,11 @@ class Claims:
     def __iter__(self) -> Iterator[LocalPort]:
         return iter(self._held)
 
-    async def addresses(self) -> tuple[str, ...]:
+    def addresses(self) -> tuple[str, ...]:
         """Where node ports are to be held now."""
         if not self._networks:
             return tuple(family.wildcard for family in IPFamily)
-        return await asyncio.to_thread(host.local_addresses, self._networks)
+        return host.local_addresses(self._networks)
 
     def hold(self, place: LocalPort, addresses: Sequence[str], owner: SocketKey) -> bool:
         """Hold a node port on those of the addresses that are of its family; what fails is told its owner."""

@@ -211,8 +211,7 @@ def _have_standard_streams() -> None:
 
 def _show(text: str) -> int:
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        logs.show(text)
     except OSError as error:
         _complain([f"standard output: {error.strerror}"])
         return 1

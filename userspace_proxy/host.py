@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import ifaddr
+
 from userspace_proxy.model import IPFamily, family_of
 
 _AF = {IPFamily.IPV4: socket.AF_INET, IPFamily.IPV6: socket.AF_INET6}
@@ -111,16 +113,14 @@ def spoken_on(ips: Collection[str]) -> set[str]:
 
 
 def local_addresses(networks: Sequence[str]) -> tuple[str, ...]:
-    """This host's addresses within the networks. Blocks for some milliseconds: call it in a thread.
+    """This host's addresses within the networks.
 
     Without IPv6 link-local ones, which mean nothing without their interface and cannot be bound alone.
     """
-    from pyroute2 import IPRoute  # here, not above: it would double the time that a worker takes to start
-
     wanted = [ipaddress.ip_network(network) for network in networks]
-    with IPRoute() as route:
-        found = {str(message.get("address")) for message in route.get_addr()}
-    addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found if text != "None"]
+    # Of IPv6 there is more to an address than its text, which comes first.
+    found = {ip.ip if isinstance(ip.ip, str) else ip.ip[0] for link in ifaddr.get_adapters() for ip in link.ips}
+    addresses = [ipaddress.ip_address(text) for text in found]
     bindable = [ip for ip in addresses if ip.version == 4 or not ip.is_link_local]
     within = [ip for ip in bindable if any(ip in network for network in wanted)]
     return tuple(str(ip) for ip in sorted(within, key=lambda ip: (ip.version, ip.packed)))

@@ -1,4 +1,4 @@
-"""What is logged, and how a line looks: text for people or JSON for machines, on stderr.
+"""What is logged, and how a line looks: text for people or JSON for machines, on stderr. What was asked for, on stdout.
 
 The proxy's processes all write to the same stderr; those that relay beside the first one begin with their name.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 
 from userspace_proxy.config import LoggingFormat
 
@@ -57,3 +59,18 @@ class _JSONLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+def show(text: str) -> None:
+    """Write to standard output, for people or programs that asked. Raises OSError, once: then it all goes nowhere.
+
+    What was buffered would else be tried again at the end, and fail again, which Python makes its exit status 120.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise

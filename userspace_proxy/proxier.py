@@ -305,7 +305,7 @@ class Proxier:
         unopened: set[SocketKey] = set()
         unclaimed: dict[LocalPort, SocketKey] = {}
         claiming = any(isinstance(step, Claim) for step in decision.steps)
-        addresses = await serving.claims.addresses() if claiming else ()
+        addresses = serving.claims.addresses() if claiming else ()
         for number, step in enumerate(decision.steps, 1):
             match step:
                 case Open(key, _):

@@ -72,7 +72,7 @@ def manifests() -> Iterator[Path]:
     """Where nobody may read; pytest's directories are its user's alone."""
     with tempfile.TemporaryDirectory() as directory, Namespace() as namespace:
         Path(directory).chmod(0o755)
-        if namespace.run(f"{NOBODY} {sys.executable} -c 'import aiohttp, pyroute2'", check=False):
+        if namespace.run(f"{NOBODY} {sys.executable} -c 'import aiohttp, ifaddr'", check=False):
             pytest.skip(f"nobody may not run {sys.executable}")
         ports = [port(80, name="tcp", node_port=30080), port(80, name="udp", protocol="UDP", node_port=30080)]
         objects = []

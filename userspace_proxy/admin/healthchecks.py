@@ -137,15 +137,15 @@ class HealthChecks:
                 checks = wanted(self._snapshot)
                 if checks.keys() - self._checks.keys() or (checks and clock() - looked >= self._period):
                     looked = clock()
-                    self._addresses = await self._look()
+                    self._addresses = self._look()
                 await self._end(checks, server)
                 self._open(checks, server, tasks)
                 self._held()
                 await asyncio.sleep(PAUSE)
 
-    async def _look(self) -> Sequence[str]:
+    def _look(self) -> Sequence[str]:
         if self._networks:
-            return await asyncio.to_thread(host.local_addresses, self._networks)
+            return host.local_addresses(self._networks)
         return ("::" if socket.has_dualstack_ipv6() else "0.0.0.0",)
 
     async def _end(self, checks: Mapping[int, Checked], server: web.Server) -> None:

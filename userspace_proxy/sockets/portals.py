@@ -11,13 +11,21 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from userspace_proxy import host
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
-from userspace_proxy.model import IPFamily, Portal, PortalKind, ProxyProtocol, SocketKey, family_of, join_host_port
+from userspace_proxy.model import (
+    IPFamily,
+    Portal,
+    PortalKind,
+    Protocol,
+    ProxyProtocol,
+    SocketKey,
+    family_of,
+    join_host_port,
+)
 from userspace_proxy.sockets.base import ProxySocket, ProxySockets
 
 LOOK_AGAIN = 1.0
@@ -34,7 +42,8 @@ class PortalSockets:
     ) -> None:
         """`bind`: where node ports are, if no networks say so. A wildcard stands for the addresses that the host has in
         both families: a socket at the wildcard itself would be at every cluster IP as well, whose ports are others'.
-        `room`: whether there are descriptors for one more.
+        SCTP's is there all the same, as it tells peers of all addresses that it is at. `room`: whether there are
+        descriptors for one more.
         """
         self.room = room
         self.protocol = inner.protocol
@@ -42,8 +51,10 @@ class PortalSockets:
         self.listeners = 0
         """At portals; proxy ports are not among them."""
         self._bind = bind
-        wildcard = bind in (family.wildcard for family in IPFamily)
-        self._networks = nodeport_networks or (("0.0.0.0/0", "::/0") if wildcard else ())
+        self._everywhere = bind in (family.wildcard for family in IPFamily)
+        self._networks = nodeport_networks
+        if self._everywhere and not nodeport_networks and inner.protocol is not Protocol.SCTP:
+            self._networks = ("0.0.0.0/0", "::/0")
         self._addresses: tuple[str, ...] = ()
         self._looked_at = -LOOK_AGAIN
 
@@ -70,12 +81,10 @@ class PortalSockets:
         if portal.ip:
             return [(portal.ip, portal.port)]
         if not self._networks:
-            return [(self._bind, portal.port)]
+            return [(portal.family.wildcard if self._everywhere else self._bind, portal.port)]
         now = time.monotonic()
         if now - self._looked_at >= LOOK_AGAIN:
-            # pyroute2 has a loop of its own, which cannot run where ours does.
-            with ThreadPoolExecutor(1) as thread:
-                self._addresses = thread.submit(host.local_addresses, self._networks).result()
+            self._addresses = host.local_addresses(self._networks)
             self._looked_at = now
         return [(ip, portal.port) for ip in self._addresses if family_of(ip) is portal.family]
 
