@@ -181,7 +181,7 @@ class Node:
 
     def is_ready(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, self.log()
+        assert self.process.poll() is None, f"{self.process.returncode}: {self.log()}"
         return self.get("/readyz", 10256) == "ok"
 
     def get(self, path: str, number: int = 10249) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import msgspec
 import pytest
 
@@ -19,3 +22,32 @@ def test_what_does_not_matter_is_passed_over_and_leaves_may_hold_anything() -> N
 def test_a_branch_that_is_none_is_told_with_its_path() -> None:
     with pytest.raises(msgspec.ValidationError, match=r"endpoints\[0\]\.hints\.forZones"):
         msgspec.convert({"endpoints": [{"hints": {"forZones": "a"}}]}, EndpointSliceShape)
+
+
+FIRST_OF_ALL = """
+import sys, threading
+import msgspec
+from userspace_proxy.sources import answers, saved, shapes
+
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(4)
+
+def meet():
+    together.wait()
+    for struct in (answers._Page, shapes.ServiceShape, saved._Header, shapes.EndpointSliceShape, shapes.EndpointsShape):
+        try:
+            msgspec.json.decode(b'{"metadata": {}}', type=struct)
+        except msgspec.ValidationError:
+            pass
+
+threads = [threading.Thread(target=meet) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize("_time", range(10))
+def test_threads_that_read_first_of_all_and_at_once_end_nobody(_time: int) -> None:
+    assert subprocess.run([sys.executable, "-c", FIRST_OF_ALL], timeout=60, check=False).returncode == 0

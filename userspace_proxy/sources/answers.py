@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from userspace_proxy.exceptions import APIError
+from userspace_proxy.sources.shapes import learn
 
 PAGE = 500
 """Objects in a page, as client-go asks for."""
@@ -153,6 +154,9 @@ class _Status(msgspec.Struct):
 class _Event(msgspec.Struct):
     type: str
     object: msgspec.Raw
+
+
+learn(_Named, _Page, _Status, _Event)
 
 
 class Page(NamedTuple):

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from userspace_proxy.model import Endpoint, Node, ServicePort, ServicePortName, Snapshot
+from userspace_proxy.sources.shapes import learn
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ class _Line(msgspec.Struct, omit_defaults=True):
     service: ServicePort | None = None
     endpoints: tuple[Endpoint, ...] | None = None
     """None: none are known, which is not the same as knowing that there are none."""
+
+
+learn(_Header, _Line)
 
 
 class SavedState:
