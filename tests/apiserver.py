@@ -263,9 +263,12 @@ class APIServer:
         if manner.status != 200:
             handler.refuse(manner.status, manner.message, manner.headers)
             return
+        made = [(handler.path, content)]
+        if manner.cut is None:  # before the answer, upon which the next may come
+            self.made += made
         handler.send(json.dumps(content).encode(), 201)
-        with self._changed:
-            self.made.append((handler.path, content))
+        if manner.cut is not None:  # and the answer was whole for all that
+            self.made += made
 
     def _list(self, handler: _Handler, request: Request) -> None:
         limit = int(request.query.get("limit", 0))

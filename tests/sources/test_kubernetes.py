@@ -262,8 +262,16 @@ def test_bookmarks_move_the_version_on(api: APIServer, run: Run) -> None:
         async with follow(api).running() as follower:
             await eventually(lambda: len(versions()) == 1)
             api.put(service("dns", "10.96.0.11", [port(53)]))
-            api.bookmark()
-            await eventually(lambda: follower.source._reflectors[1]._course.version == str(api.version))
+
+            def seen() -> int:
+                return int(follower.source._reflectors[1]._course.version)
+
+            def has_moved() -> bool:
+                api.bookmark()  # again, for a watch that had only just arrived
+                return seen() > versions()[0]
+
+            await eventually(has_moved)
+            await eventually(lambda: seen() == api.version)
             api.away()
             api.forget()
             api.back()
