@@ -120,6 +120,16 @@ def test_without_a_supervisor_nothing_runs() -> None:
     asyncio.run(Supervisor({}, 42).run(lambda: "", lambda: True))
 
 
+def supervised(listener: Listener, flags: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "NOTIFY_SOCKET": listener.sock.getsockname(), "WATCHDOG_USEC": "400000"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "userspace_proxy", *flags],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def test_the_life_of_the_command(tmp_path: Path, listener: Listener) -> None:
     """From the first sync over SIGHUP and a new config file to SIGTERM."""
     (tmp_path / "manifests").mkdir()
@@ -130,13 +140,7 @@ def test_the_life_of_the_command(tmp_path: Path, listener: Listener) -> None:
     )
     file.write_text(text)
     flags = [f"--config={file}", f"--manifests={tmp_path / 'manifests'}", "--capture=none"]
-    environment = {**os.environ, "NOTIFY_SOCKET": listener.sock.getsockname(), "WATCHDOG_USEC": "400000"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "userspace_proxy", *flags],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = supervised(listener, flags)
     try:
         listener.hear_until("READY")
         assert listener.hear_until("STATUS") == {"STATUS": "serving 0 service ports, capture none"}
@@ -157,14 +161,8 @@ def test_the_life_of_the_command(tmp_path: Path, listener: Listener) -> None:
 
 def test_the_heart_beats_before_there_is_anything_to_serve(listener: Listener) -> None:
     """No API server is there: to be ended for that would bring it no nearer."""
-    environment = {**os.environ, "NOTIFY_SOCKET": listener.sock.getsockname(), "WATCHDOG_USEC": "400000"}
     flags = ["--master=http://127.0.0.1:1", "--capture=none", "--healthz-bind-address=", "--metrics-bind-address="]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "userspace_proxy", *flags],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = supervised(listener, flags)
     try:
         assert listener.hear() == {"STATUS": "waiting for the first state to be served"}
         for _ in range(3):

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.apiserver import APIServer, Object
+from tests.apiserver import GOOD, APIServer, Manner, Object, Request
+from tests.e2e.node import endpoints, port, service
 from userspace_proxy.model import Node, Snapshot
 from userspace_proxy.sources.answers import Pace
 from userspace_proxy.sources.base import Told
@@ -31,6 +32,11 @@ PACE = Pace(
 def node_object(zone: str = "zone-a", name: str = NODE, *, taint: str = "", **metadata: str) -> Object:
     value: Object = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {ZONE: zone}, **metadata}}
     return value | {"spec": {"taints": [{"key": taint, "effect": "NoSchedule"}]}} if taint else value
+
+
+WEB = service("web", "10.96.0.10", [port(80)])
+WEB_SLICE = endpoints("web", ["10.1.0.2:8080"])
+NODE_OBJECT = node_object()
 
 
 class Follower:
@@ -102,3 +108,16 @@ async def eventually(holds: Callable[[], object], patience: float = 15.0) -> Non
     while not holds():
         assert time.monotonic() < deadline, f"not so within {patience:g} s"
         await asyncio.sleep(0.005)
+
+
+def only(kind: str, verb: str, manner: Manner, times: int = 1_000_000) -> Callable[[Request], Manner]:
+    """This manner for some requests of a kind, then and for all others the good one."""
+    left = [times]
+
+    def choose(request: Request) -> Manner:
+        if (request.kind, request.verb) == (kind, verb) and left[0]:
+            left[0] -= 1
+            return manner
+        return GOOD
+
+    return choose
