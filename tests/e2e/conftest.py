@@ -38,10 +38,11 @@ def applies(item: pytest.Function) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    funcargs = getattr(item, "funcargs", {})
-    node = funcargs["cluster"].node if "cluster" in funcargs else funcargs.get("node")
-    if report.failed and isinstance(node, Node) and node.log_file.exists():
-        report.sections.append(("the proxy's log, its end", node.log()[-8000:]))
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            node = getattr(value, "node", value)
+            if isinstance(node, Node) and node.log_file.exists():
+                report.sections.append(("the proxy's log, its end", node.log()[-8000:]))
     return report
 
 

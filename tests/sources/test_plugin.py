@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,24 @@ def test_one_that_nobody_waits_for_any_more_is_killed(run: Run, tmp_path: Path) 
 
     run(main())
     assert all(int(number) != os.getpid() for number in pids.read_text().split())
+
+
+def test_nor_does_one_stay_that_was_given_up_while_it_started(run: Run, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+
+    def has_started() -> bool:
+        return pids.exists() and len(pids.read_text().split()) == 2
+
+    async def main() -> None:
+        task = asyncio.create_task(ask(hanging(pids)))
+        deadline = time.monotonic() + 15
+        while not has_started():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0)
+            time.sleep(0.05)  # noqa: ASYNC251 - the loop is to be slower than the plugin
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually(lambda: not _runs(pids))
+
+    run(main())

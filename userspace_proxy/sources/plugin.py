@@ -63,9 +63,17 @@ async def ask(plugin: Plugin, command: str, *, timeout: float = TIMEOUT) -> Stat
 
 
 async def _run(command: list[str], environment: Mapping[str, str]) -> tuple[int | None, bytes, bytes]:
-    process = await asyncio.create_subprocess_exec(
-        *command, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
+    # Its start is seen through in any case: who gave it up would know of no process to kill.
+    starting = asyncio.ensure_future(  # noqa: TID251 - awaited below, come what may
+        asyncio.create_subprocess_exec(
+            *command, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
+        )
     )
+    try:
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _kill(await starting)
+        raise
     try:
         output, complaints = await process.communicate()
     except BaseException:
