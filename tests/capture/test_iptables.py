@@ -297,6 +297,24 @@ def test_a_worker_that_does_not_answer_is_killed(captured, node, monkeypatch):
 
 
 @on_each_loop
+def test_a_family_whose_worker_is_slow_is_not_left_out_for_good(captured, node, monkeypatch, tmp_path):
+    """Whether it can be had is not known, so the start fails, and with it whatever the other family has got."""
+    before = saved(node)
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nmkdir {tmp_path}/first 2>/dev/null && exec sleep 300\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(iptables, "_FIRST_ANSWER_TIMEOUT", 10)
+    with pytest.raises(iptables.WorkerStuck, match="no answer in 10 s, killed"):
+        captured.start()
+    captured.close()
+    assert saved(node) == before
+    monkeypatch.undo()
+    captured.start()
+    assert captured.replace(redirect(), redirect(CLUSTER_IP[V6])) == Changes(added=4)
+
+
+@on_each_loop
 def test_an_asker_that_is_cancelled_does_not_confuse_the_next(captured, node):
     captured.start()
 

@@ -177,7 +177,7 @@ class Node:
                 env={**os.environ, "PYTHONWARNINGS": "error"},
             )
         if wait:
-            eventually(self.is_ready, 60)
+            eventually(self.is_ready, 90)
 
     def is_ready(self) -> bool:
         assert self.process is not None

@@ -55,7 +55,8 @@ class Capture(typing.Protocol):
     async def start(self) -> None:
         """Take over: find out by trying whether this way works here, remove the remains of a crashed run.
 
-        Raises CaptureUnavailable, having left nothing behind, if it does not.
+        Raises CaptureUnavailable, having left nothing behind, if it does not, and CaptureError where that cannot be
+        found out; `close` is to be called then.
         """
 
     async def replace(self, redirects: Collection[Redirect], difference: Difference | None = None) -> Changes:

@@ -66,7 +66,8 @@ async def choose(
 ) -> Capture:
     """A capture that has been started. `inside` are networks whose clients are.
 
-    Raises CaptureUnavailable if the one asked for does not work here; `auto` always finds one.
+    Raises CaptureUnavailable if the one asked for does not work here (`auto` always finds one), and CaptureError where
+    that cannot be found out.
     """
     capture = await (_first if name == AUTO else partial(_start, name))(bind_address, nodeport_cidrs, inside)
     try:

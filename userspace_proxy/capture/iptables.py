@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT = 20.0
 """Seconds for one request. The longest measured, 5,000 services read back without iptables-legacy-save, took 7."""
+_FIRST_ANSWER_TIMEOUT = 60.0
+"""Seconds for a new process to answer: it has to start and to find its libraries, on a node that may be very busy."""
 _EXIT_TIMEOUT = 5.0
 
 
@@ -135,12 +137,13 @@ class Worker:
         return await self._await_reply(conversation, request)
 
     async def _await_reply(self, conversation: _Conversation, request: Request) -> Reply:
+        patience = _FIRST_ANSWER_TIMEOUT if isinstance(request, Open | Cleanup) else _ANSWER_TIMEOUT
         try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT):
+            async with asyncio.timeout(patience):
                 reply = await conversation.ask(Ask(next(self._numbers), request))
         except TimeoutError:
             await conversation.kill()
-            raise WorkerStuck(f"{self.name}: no answer in {_ANSWER_TIMEOUT:g} s, killed") from None
+            raise WorkerStuck(f"{self.name}: no answer in {patience:g} s, killed") from None
         if reply.error:
             raise CaptureError(f"{self.name}: {reply.error}")
         return reply
@@ -206,20 +209,29 @@ class IPTables:
         return frozenset(self._workers)
 
     async def start(self) -> None:
-        opening = asyncio.gather(*map(self._open, self._openings))
+        opening = asyncio.gather(*map(self._open, self._openings), return_exceptions=True)
         try:
-            found = [problem for problem in await asyncio.shield(opening) if problem]
+            answers = await asyncio.shield(opening)
         except asyncio.CancelledError:
             # A worker that has begun to make rules is seen through, so that close() finds it in a known state.
             await opening
             raise
+        found = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer:
+                found.append(answer)
         if not self._workers:
             raise CaptureUnavailable("; ".join(found))
         for problem in found:
             logger.warning("capture iptables: %s; only %s is captured", problem, _names(self.families))
 
     async def _open(self, family: IPFamily) -> str:
-        """Take a family over; the answer is empty, or says why that cannot be had."""
+        """Take a family over; the answer is empty, or says why that cannot be had.
+
+        Raises WorkerStuck: whether it can is not known then, and to go without it for good would be wrong.
+        """
         opening = self._openings[family]
         problems: list[str] = []
         for use_library in (True, False):
@@ -231,6 +243,8 @@ class IPTables:
                 # python-iptables can crash with C libraries that it was not made for.
                 problems.append(str(error))
                 await worker.end()
+            except WorkerStuck:
+                raise
             except CaptureError as error:
                 await worker.end()
                 return f"{family.value} is not available: {_advice(str(error))}"
