@@ -63,8 +63,11 @@ class Bench:
         await self.synced()
 
     async def synced(self) -> None:
-        async with asyncio.timeout(5):
-            while self.proxier.progress.waiting_since is not None:  # noqa: ASYNC110 - nobody tells
+        await self.until(lambda: self.proxier.progress.waiting_since is None)
+
+    async def until(self, holds: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not holds():  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.005)
 
     def row(self, name: ServicePortName = WEB) -> dict[str, Any]:
@@ -258,12 +261,11 @@ def test_a_port_that_is_busy_on_the_host_is_tried_again_at_every_sync(run: Run) 
         busy = listener()
         number = address(busy)[1]
         async with bench(PortRange(number, number), sync_period=0.05) as b:
-            b.proxier.publish(Snapshot({WEB: tcp()}, {WEB: ALIVE}))
-            await asyncio.sleep(0.12)
+            await b.publish({WEB: tcp()}, {WEB: ALIVE})
             assert b.row()["state"] == "down"
             busy.close()
-            await asyncio.sleep(0.12)
-            assert b.row()["state"] == "serving"
+            await b.until(lambda: b.row()["state"] == "serving")
+            await b.synced()
             assert b.redirects() == {("127.96.0.1", 80, PortalKind.CLUSTER_IP): number}
 
     run(main())
@@ -288,14 +290,12 @@ def test_a_node_port_in_use_leaves_the_rest_and_comes_when_it_is_free(run: Run) 
         with socket.socket() as other:
             other.bind(("0.0.0.0", 30124))
             async with bench(sync_period=0.05) as b:
-                b.proxier.publish(Snapshot({WEB: tcp(node_port=30124)}, {WEB: ALIVE}))
-                await asyncio.sleep(0.12)
+                await b.publish({WEB: tcp(node_port=30124)}, {WEB: ALIVE})
                 assert list(b.redirects()) == [("127.96.0.1", 80, PortalKind.CLUSTER_IP)]
                 assert "30124" in b.row()["problems"][0]
                 other.close()
-                await asyncio.sleep(0.15)
-                assert ("", 30124, PortalKind.NODE_PORT) in b.redirects()
-                assert b.row()["problems"] == []
+                await b.until(lambda: ("", 30124, PortalKind.NODE_PORT) in b.redirects())
+                await b.until(lambda: b.row()["problems"] == [])
 
     run(main())
 
@@ -318,17 +318,16 @@ def test_a_capture_that_fails_is_told_and_tried_again(run: Run, caplog: pytest.L
     async def main() -> None:
         async with bench(sync_period=0.05) as b:
             b.capture.error = "no more rules today"
-            b.proxier.publish(Snapshot({WEB: tcp()}, {WEB: ALIVE}))
-            await asyncio.sleep(0.15)
+            await b.publish({WEB: tcp()}, {WEB: ALIVE})
             assert b.proxier.progress.capture_error == "no more rules today"
             since = b.proxier.progress.troubled_since
             assert since is not None
             assert b.proxier.progress.last_sync is None
-            await asyncio.sleep(0.1)
+            calls = b.capture.calls
+            await b.until(lambda: b.capture.calls > calls + 1)
             assert b.proxier.progress.troubled_since == since
             b.capture.error = ""
-            await asyncio.sleep(0.1)
-            assert b.proxier.progress.capture_error == ""
+            await b.until(lambda: b.proxier.progress.capture_error == "")
             assert b.proxier.progress.troubled_since is None
             assert b.proxier.progress.last_sync is not None
             assert len(b.capture.redirects) == 1
@@ -343,12 +342,11 @@ def test_a_socket_is_not_closed_while_its_redirect_may_still_be_in_force(run: Ru
             await b.publish({WEB: tcp()}, {WEB: ALIVE})
             port = b.row()["proxyPort"]
             b.capture.error = "locked"
-            b.proxier.publish(Snapshot({}, {}))
-            await asyncio.sleep(0.1)
+            await b.publish({}, {})
             with socket.socket() as other, pytest.raises(OSError, match="in use"):
                 other.bind(("0.0.0.0", port))
             b.capture.error = ""
-            await asyncio.sleep(0.15)
+            await b.until(lambda: not b.proxier.descriptors)
             with socket.socket() as other:
                 other.bind(("0.0.0.0", port))
 
@@ -405,12 +403,11 @@ def test_a_fault_in_a_sync_does_not_end_the_loop(run: Run, caplog: pytest.LogCap
 
             b.capture.on_replace = fault
             b.proxier.publish(Snapshot({WEB: tcp()}, {WEB: ALIVE}))
-            await asyncio.sleep(0.1)
+            await b.until(lambda: b.capture.calls > 1)
             assert b.proxier.progress.last_sync is None
             assert b.proxier.progress.waiting_since is not None
             b.capture.on_replace = lambda _: None
-            await asyncio.sleep(0.1)
-            assert len(b.capture.redirects) == 1
+            await b.until(lambda: len(b.capture.redirects) == 1)
 
     run(main())
     assert any(r.levelno == logging.ERROR and r.exc_info for r in caplog.records)
@@ -533,8 +530,7 @@ def test_only_what_could_not_be_had_is_tried_again(run: Run, monkeypatch: pytest
             async with bench(sync_period=0.05) as b:
                 await b.publish({WEB: tcp(node_port=30128), API: tcp("127.96.0.2")})
                 planned.clear()
-                await asyncio.sleep(0.2)
-                assert planned
+                await b.until(lambda: len(planned) > 1)
                 assert all(names == {WEB} for names in planned)
 
     run(main())
@@ -615,19 +611,22 @@ def test_changes_that_come_all_the_time_do_not_put_off_the_repair(run: Run) -> N
 
 
 def test_after_a_fault_everything_is_planned_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[None] = []
+
     async def main() -> None:
         async with bench(sync_period=0.05) as b:
             await b.publish({WEB: tcp(), API: tcp("127.96.0.2")}, {WEB: ALIVE})
 
             def fault(*_: Any) -> None:
+                faults.append(None)
                 raise ZeroDivisionError
 
             with monkeypatch.context() as patch:
                 patch.setattr(b.proxier._serving, "close", fault)
                 b.proxier.publish(Snapshot({API: tcp("127.96.0.2", 81)}, {}))
-                await asyncio.sleep(0.1)
-            await asyncio.sleep(0.1)
-            assert [key.name for key in b.proxier._serving.served] == [API]
+                await b.until(lambda: faults)
+            await b.until(lambda: [key.name for key in b.proxier._serving.served] == [API])
+            await b.synced()
             assert [r.portal.port for r in b.capture.redirects] == [81]
 
     run(main())
