@@ -44,6 +44,18 @@ def test_a_failure_ejects_and_its_time_ends_with_a_single_probe() -> None:
     assert [found.passes_over(ONE) for _ in range(3)] == [False, True, True]
 
 
+def test_a_probe_is_one_until_it_has_failed() -> None:
+    found, clock = ejections()
+    assert not found.is_probed(ONE)
+    found.failed(ONE, ALL)
+    assert not found.is_probed(ONE)
+    clock.now += FIRST
+    found.passes_over(ONE)
+    assert found.is_probed(ONE)
+    found.failed(ONE, ALL)
+    assert not found.is_probed(ONE)
+
+
 def test_each_failed_probe_doubles_the_time_up_to_the_bound() -> None:
     found, clock = ejections(longest=10.0)
     found.failed(ONE, ALL)

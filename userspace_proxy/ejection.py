@@ -2,7 +2,8 @@
 
 The first failure ejects an endpoint for about a second, each further one for twice as long, up to a bound.
 When its time is over one client is sent there as a probe, and nobody else until it is known how that went:
-if it is dead still, one client more has met it, not a crowd. A success ends it at once, whoever had it.
+if it is dead still, one client more has met it, not a crowd. A success ends it at once, whoever had it; where endpoints
+need not answer, so does a probe that nothing bad was heard of.
 
 At least one endpoint always remains, so that a fault of our own, or of all of them, takes none out of reach.
 Who is sent where meanwhile is `loadbalancer`'s to choose; what counts as a failure, `sockets`'.
@@ -72,6 +73,11 @@ class Ejections:
     def succeeded(self, address: Address) -> bool:
         """A dial succeeded. Whether that changed anything."""
         return self.out.pop(address, None) is not None
+
+    def is_probed(self, address: Address) -> bool:
+        """Whether a probe was sent here that has not failed yet."""
+        ejection = self.out.get(address)
+        return ejection is not None and ejection.probing
 
     def passes_over(self, address: Address) -> bool:
         """Whether a client is not to be sent here. The first one after the time is over is: the probe."""

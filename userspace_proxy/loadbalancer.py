@@ -168,6 +168,10 @@ class LoadBalancer:
         """A dial to this endpoint succeeded: it is not ejected any more. Whether that is news."""
         return self._ejections.succeeded(address)
 
+    def unrefused(self, address: Address) -> bool:
+        """Nothing was heard of a client sent here, where endpoints need not answer. Whether that is news."""
+        return self._ejections.is_probed(address) and self.succeeded(address)
+
     def update(self, endpoints: Sequence[Endpoint]) -> bool:
         """Take over the service port's endpoints, all of them; say whether the usable set changed.
 

@@ -7,6 +7,7 @@ import errno
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from tests.sockets.conftest import Start
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import IPFamily, Protocol, ServicePortName, SocketKey
+from userspace_proxy.sockets import udp
 from userspace_proxy.sockets.base import AF, Descriptors
 from userspace_proxy.sockets.datagrams import COUNT
 from userspace_proxy.sockets.udp import Flow, UDPSockets
@@ -159,6 +161,43 @@ def test_new_flows_pass_over_an_endpoint_that_refused_until_a_probe_is_answered(
     back = Echo(where=where)
     eventually(lambda: asked() and not proxy.balancer.ejected)
     back.stop()
+
+
+def test_an_endpoint_that_never_answers_comes_back_when_nothing_bad_is_heard_of_it(
+    start: Start, echo4: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udp, "SILENCE", 0.3)
+    with listener(protocol=Protocol.UDP) as dead:
+        where = address(dead)
+    proxy = start(Protocol.UDP, V4, [where, echo4.address], idle_timeout=0.1, max_ejection=0.2)
+
+    def one_more() -> bool:
+        with client_of(proxy) as client:
+            client.send(b"one way")
+        time.sleep(0.02)
+        return True
+
+    eventually(lambda: one_more() and proxy.call(lambda: bool(proxy.balancer.ejected)))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
+        sink.bind(where)
+        eventually(lambda: one_more() and not proxy.call(lambda: bool(proxy.balancer.ejected)))
+        sink.settimeout(5)
+        assert sink.recv(100) == b"one way"
+
+
+def test_a_flow_that_came_back_to_an_endpoint_tells_that_it_answers(start: Start) -> None:
+    """Though it has had answers before, from the same one and from another."""
+    one, other = Echo(), Echo()
+    proxy = start(Protocol.UDP, V4, [one.address], idle_timeout=30, max_ejection=600.0)
+    with client_of(proxy) as client:
+        assert ask(client) == b"hi"
+        proxy.update([one.address, other.address])
+        proxy.call(proxy.balancer.failed, one.address)
+        assert proxy.call(lambda: bool(proxy.balancer.ejected))
+        assert ask(client, b"still here") == b"still here"
+        assert not proxy.call(lambda: bool(proxy.balancer.ejected))
+    one.stop()
+    other.stop()
 
 
 def test_a_flow_moves_when_its_endpoint_is_removed(start: Start, echo4: Echo) -> None:

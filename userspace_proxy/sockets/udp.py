@@ -17,6 +17,7 @@ import itertools
 import logging
 import socket
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from socket import SocketType
 
 from userspace_proxy.exceptions import NoEndpoints
@@ -34,6 +35,8 @@ RECEIVE_BUFFER = 4 * 1024 * 1024
 """Asked for on the socket all clients of a service port share; the kernel caps it at net.core.rmem_max."""
 SPARE = 64
 """Ended flows that may wait to be forgotten, beside as many as there are live ones."""
+SILENCE = 4.0
+"""Seconds without bad news until an endpoint counts as alive; ARP takes three to find that a host is gone."""
 SWEEP = 0.05
 """Seconds by which an idle flow may outstay its time-out."""
 
@@ -88,7 +91,7 @@ class Flow:
             # ICMP about an earlier datagram, delivered here. The flow lives on: the next datagram decides.
             owner.note_refusal(self, error.errno or 0)
             return
-        if not self.replied and owner.balancer.ejected:
+        if owner.balancer.ejected:
             owner.balancer.succeeded(self.endpoint)
         self.last = owner.shared.poller.clock()
         self.replied += 1
@@ -263,6 +266,8 @@ class UDPSocket:
         """By the letterhead of their datagrams."""
         self.adopted = False
         """Whether other processes hold the socket as well."""
+        self._awaited: set[Address] = set()
+        """Ejected endpoints that a client was sent to."""
         self._ip = ip
         self._networks: Sequence[str] | None = None
         self._sock: SocketType | None = None
@@ -436,7 +441,20 @@ class UDPSocket:
         old, flow.sock, flow.endpoint = flow.sock, sock, endpoint
         if old is not None:
             self.shared.poller.discard(old)
+        if endpoint in self.balancer.ejected:
+            self._await_refusal(endpoint)
         return True
+
+    def _await_refusal(self, endpoint: Address) -> None:
+        """Have an ejected endpoint back if there is none: many never answer, and a dead one is told of by ICMP."""
+        if endpoint not in self._awaited:
+            self._awaited.add(endpoint)
+            poller = self.shared.poller
+            poller.call_at(poller.clock() + SILENCE, partial(self._unrefused, endpoint))
+
+    def _unrefused(self, endpoint: Address) -> None:
+        self._awaited.discard(endpoint)
+        self.balancer.unrefused(endpoint)
 
     def _drop(self, error: OSError) -> None:
         self.metrics.drops[errno_name(error.errno or 0)] += 1
