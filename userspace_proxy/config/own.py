@@ -60,8 +60,9 @@ class OwnSettings:
         OWN,
         "How many processes relay. With 1 it is the proxy's own. With more, each takes clients of every service "
         "port of TCP and UDP, and a process of its own sees to everything else, SCTP included; round robin is each "
-        "worker's own, affinity holds over all of them. UDP flows of one client address are all one worker's. As many "
-        "as there are CPUs to spare is the most that helps.",
+        "worker's own, affinity holds over all of them (of clients behind a load balancer that speaks the PROXY "
+        "protocol: in each). UDP flows of one client address are all one worker's. As many as there are CPUs to spare "
+        "is the most that helps.",
     )
     max_udp_flows: int = setting(
         4096,
