@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.proxy import Servers, address, black_hole, closed_port, echo, eventually, listener
-from tests.sockets.conftest import Start
+from tests.sockets.conftest import Start, also_with_workers
 from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Protocol
 from userspace_proxy.sockets import dial, tcp
@@ -19,6 +19,7 @@ from userspace_proxy.sockets import dial, tcp
 V4 = IPFamily.IPV4
 
 
+@also_with_workers
 def test_a_refusing_endpoint_is_passed_over(start: Start, family: IPFamily) -> None:
     with Servers(echo, family) as alive:
         proxy = start(Protocol.TCP, family, [closed_port(family), alive.address])
@@ -32,6 +33,7 @@ def test_a_refusing_endpoint_is_passed_over(start: Start, family: IPFamily) -> N
         assert proxy.counts.dials == 6 + failures
 
 
+@also_with_workers
 def test_a_black_hole_costs_one_step_of_the_ladder_and_only_its_own_client(start: Start) -> None:
     """Clients side by side: those sent to the live endpoint do not wait for those sent to the dead one."""
     with Servers(echo) as alive, black_hole() as dead:
@@ -70,6 +72,7 @@ def test_a_dead_endpoint_is_met_once_and_then_passed_over(start: Start, family: 
         assert proxy.balancer.ejections == 1
 
 
+@also_with_workers
 def test_an_endpoint_that_comes_back_is_found_by_a_probe(start: Start) -> None:
     place = closed_port()
     with Servers(echo) as alive:
@@ -102,6 +105,7 @@ def test_a_want_of_our_own_ejects_nobody(start: Start, monkeypatch: pytest.Monke
         assert not proxy.balancer.ejected
 
 
+@also_with_workers
 def test_all_dead_is_a_reset(start: Start, family: IPFamily) -> None:
     proxy = start(Protocol.TCP, family, [closed_port(family), closed_port(family)])
     with pytest.raises(ConnectionResetError), proxy.connect() as client:
@@ -110,6 +114,7 @@ def test_all_dead_is_a_reset(start: Start, family: IPFamily) -> None:
     assert proxy.counts.dials == len(dial.LADDER)
 
 
+@also_with_workers
 def test_all_silent_is_a_reset_after_the_ladder(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial, "LADDER", (0.05, 0.05, 0.05, 0.05))
     with black_hole() as dead:
@@ -119,6 +124,7 @@ def test_all_silent_is_a_reset_after_the_ladder(start: Start, monkeypatch: pytes
     assert proxy.counts.dial_failures == {errno.ETIMEDOUT: 4}
 
 
+@also_with_workers
 def test_what_the_client_sent_early_is_not_lost_by_retries(start: Start) -> None:
     with Servers(echo) as alive:
         proxy = start(Protocol.TCP, V4, [closed_port(), alive.address])
@@ -132,6 +138,7 @@ def test_what_the_client_sent_early_is_not_lost_by_retries(start: Start) -> None
                 assert received == b"early" * 1000
 
 
+@also_with_workers
 def test_endpoints_that_vanish_while_dialling(start: Start) -> None:
     with black_hole() as dead:
         proxy = start(Protocol.TCP, V4, [dead])

@@ -23,6 +23,7 @@ from userspace_proxy.metrics import Outcome
 from userspace_proxy.model import IPFamily, Protocol
 
 
+@also_with_workers
 def test_the_end_of_file_travels_with_the_last_bytes(start: Start, family: IPFamily) -> None:
     """One segment where two would cost another way through the network stack, and the client another wake-up."""
 
@@ -114,6 +115,7 @@ def test_a_reset_after_end_of_file_is_noticed(start: Start, side: str) -> None:
     assert proxy.ended() == {Outcome.CLIENT_RESET if side == "client" else Outcome.ENDPOINT_RESET: 1}
 
 
+@also_with_workers
 def test_a_client_that_resets_frees_a_connection_whose_endpoint_is_stalled(start: Start) -> None:
     proxy, client, server = pair(start)
     client.settimeout(0.5)

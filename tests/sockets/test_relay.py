@@ -18,6 +18,7 @@ from userspace_proxy.metrics import open_descriptors
 from userspace_proxy.model import IPFamily, Protocol
 
 
+@also_with_workers
 def test_an_urgent_mark_does_not_stop_what_follows(start: Start, family: IPFamily) -> None:
     """A read stops short at the mark, and no further edge tells of the bytes behind it."""
     endpoint = listener(family)
@@ -34,6 +35,7 @@ def test_an_urgent_mark_does_not_stop_what_follows(start: Start, family: IPFamil
     endpoint.close()
 
 
+@also_with_workers
 @pytest.mark.parametrize("splice", [True, False], ids=["splice", "copy"])
 def test_an_urgent_mark_in_bulk_is_no_end(start: Start, splice: bool) -> None:
     """splice() answers 0 at the mark if the end of file is queued behind it, and EAGAIN if it is not."""
@@ -66,6 +68,7 @@ def test_bytes_pass_both_ways(start: Start, family: IPFamily) -> None:
     assert (proxy.counts.to_endpoint, proxy.counts.to_client) == (8, 6)
 
 
+@also_with_workers
 def test_a_server_that_speaks_first(start: Start, family: IPFamily) -> None:
     _, client, server = pair(start, family)
     with client, server:

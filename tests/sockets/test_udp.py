@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.proxy import ProxyThread, address, eventually, listener
-from tests.sockets.conftest import Start
+from tests.sockets.conftest import Start, also_with_workers
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import IPFamily, Protocol, ServicePortName, SocketKey
@@ -83,6 +83,7 @@ def ask(client: socket.socket, datagram: bytes = b"hi") -> bytes:
     return client.recv(65535)
 
 
+@also_with_workers
 @pytest.mark.parametrize("size", [0, 1, 1400, 9000, 65_507])
 def test_datagrams_of_every_size_pass_whole(start: Start, family: IPFamily, echo: Echo, size: int) -> None:
     proxy = start(Protocol.UDP, family, [echo.address])
@@ -101,6 +102,7 @@ def test_a_client_keeps_its_flow_and_another_gets_its_own(start: Start, echo4: E
     assert proxy.counts.opened == 2
 
 
+@also_with_workers
 def test_an_idle_flow_ends_and_the_next_datagram_makes_a_new_one(start: Start, echo4: Echo) -> None:
     proxy = start(Protocol.UDP, V4, [echo4.address], idle_timeout=0.1)
     with client_of(proxy) as client:
@@ -111,6 +113,7 @@ def test_an_idle_flow_ends_and_the_next_datagram_makes_a_new_one(start: Start, e
     assert proxy.ended()[Outcome.IDLE] >= 1
 
 
+@also_with_workers
 def test_a_refused_datagram_is_old_news_for_the_next(start: Start) -> None:
     """The only endpoint was down for a moment: what comes after its return is delivered, on the same flow."""
     endpoint = Echo()
@@ -127,6 +130,7 @@ def test_a_refused_datagram_is_old_news_for_the_next(start: Start) -> None:
     assert proxy.counts.opened == 1
 
 
+@also_with_workers
 def test_a_flow_leaves_an_endpoint_that_refuses_while_there_is_another(start: Start, echo4: Echo) -> None:
     dead = listener(protocol=Protocol.UDP)
     proxy = start(Protocol.UDP, V4, [address(dead)], idle_timeout=30)
@@ -141,6 +145,7 @@ def test_a_flow_leaves_an_endpoint_that_refuses_while_there_is_another(start: St
     assert proxy.counts.opened == 1
 
 
+@also_with_workers
 def test_new_flows_pass_over_an_endpoint_that_refused_until_a_probe_is_answered(start: Start, echo4: Echo) -> None:
     dead = listener(protocol=Protocol.UDP)
     where = address(dead)
@@ -223,6 +228,7 @@ def test_a_flow_stays_when_another_endpoint_is_removed(start: Start, echo4: Echo
     assert len(set(echo4.peers)) == 1
 
 
+@also_with_workers
 def test_a_burst_of_clients_is_capped_and_then_service_is_normal(start: Start, echo4: Echo) -> None:
     proxy = start(Protocol.UDP, V4, [echo4.address], max_flows=50, idle_timeout=30)
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -272,6 +278,7 @@ def test_the_one_idle_longest_makes_room(start: Start, echo4: Echo) -> None:
     assert proxy.ended() == {Outcome.EVICTED: 1}
 
 
+@also_with_workers
 def test_replies_leave_from_the_address_the_client_spoke_to(start: Start) -> None:
     """A wildcard socket that answers by routing alone would use 127.0.0.1 for a client of 127.0.0.9."""
     endpoint = Echo()
@@ -294,6 +301,7 @@ def test_replies_leave_from_the_address_the_client_spoke_to(start: Start) -> Non
     proxy.call(wild.close)
 
 
+@also_with_workers
 def test_a_client_that_is_gone_disturbs_nobody(start: Start, echo4: Echo) -> None:
     """Replies to a closed port come back as ICMP to the socket all clients share."""
     proxy = start(Protocol.UDP, V4, [echo4.address], idle_timeout=5)
@@ -313,6 +321,7 @@ def test_an_endpoint_that_cannot_be_dialled_ends_the_flow(start: Start) -> None:
     assert proxy.counts.dial_failures
 
 
+@also_with_workers
 def test_flows_end_with_their_endpoints_and_their_socket(start: Start, echo4: Echo) -> None:
     proxy = start(Protocol.UDP, V4, [echo4.address], idle_timeout=30)
     with client_of(proxy) as client:
