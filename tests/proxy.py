@@ -63,7 +63,9 @@ class ProxyThread:
         self.metrics = Metrics()
         self._counts = self.metrics.service_port(SocketKey(NAME, family), protocol.value)
         self.workers = workers
-        self.balancer = LoadBalancer(time.monotonic, random.Random(1), affinity, 10800.0, max_ejection=max_ejection)
+        self.balancer = LoadBalancer(
+            time.monotonic, random.Random(1), self._counts, affinity, 10800.0, max_ejection=max_ejection
+        )
         self.balancer.update([Endpoint(ip, port) for ip, port in endpoints])
         self.loop = loop_factory()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from userspace_proxy.exceptions import NoEndpoints, UserspaceProxyError
 from userspace_proxy.loadbalancer import LoadBalancer
+from userspace_proxy.metrics import ServicePortMetrics
 from userspace_proxy.model import DEFAULT_AFFINITY_TIMEOUT, Address, Endpoint, SessionAffinity
 
 CLIENT_IP = SessionAffinity.CLIENT_IP
@@ -40,9 +41,9 @@ class Balancer(LoadBalancer):
         max_ejection: float = 0.0,
     ) -> None:
         self.clock = Clock()
-        super().__init__(
-            self.clock, random.Random(5), affinity, timeout, max_clients=max_clients, max_ejection=max_ejection
-        )
+        self.account = ServicePortMetrics()
+        bounds = {"max_clients": max_clients, "max_ejection": max_ejection}
+        super().__init__(self.clock, random.Random(5), self.account, affinity, timeout, **bounds)
         self.update(endpoints)
 
     def cycle(self, turns: int, client_ip: str = ALICE) -> list[Address]:
@@ -115,12 +116,12 @@ class TestSticky:
         balancer.configure(CLIENT_IP, DEFAULT_AFFINITY_TIMEOUT)
         self.check_three_clients_stay(balancer)
 
-    def check_three_clients_stay(self, balancer: LoadBalancer) -> None:
+    def check_three_clients_stay(self, balancer: Balancer) -> None:
         clients = [ALICE, BOB, CAROL]
         first = [balancer.pick(client) for client in clients]
         assert tuple(first) == balancer.endpoints
         assert [balancer.pick(client) for client in clients * 2] == first * 2
-        assert balancer.affinity_hits == 6
+        assert balancer.account.affinity_hits == 6
 
     def test_multiple_endpoints_remove_one(self) -> None:
         balancer = Balancer(ONE, TWO, THREE, affinity=CLIENT_IP)
@@ -237,7 +238,7 @@ class TestUpdate:
         endpoints = [Endpoint(f"10.0.1.{n}", 80) for n in range(50)]
         orders = set()
         for seed in range(5):
-            balancer = LoadBalancer(Clock(), random.Random(seed))
+            balancer = LoadBalancer(Clock(), random.Random(seed), ServicePortMetrics())
             balancer.update(endpoints)
             orders.add(balancer.endpoints)
         assert len(orders) == 5
@@ -277,7 +278,7 @@ class TestAffinity:
             assert balancer.pick(ALICE) == first
         balancer.clock.now += 60
         assert balancer.pick(ALICE) == balancer.endpoints[1]
-        assert balancer.affinity_hits == 5
+        assert balancer.account.affinity_hits == 5
 
     def test_hits_do_not_take_a_turn(self) -> None:
         balancer = Balancer(ONE, TWO, THREE, affinity=CLIENT_IP)
@@ -312,10 +313,10 @@ class TestAffinity:
         balancer.clock.now += 45  # last seen: Alice 45 s ago, Bob 65 s, Carol 55 s
         balancer.purge()
         assert balancer.clients == 2
-        hits = balancer.affinity_hits
+        hits = balancer.account.affinity_hits
         balancer.pick(ALICE)
         balancer.pick(CAROL)
-        assert balancer.affinity_hits == hits + 2
+        assert balancer.account.affinity_hits == hits + 2
         balancer.clock.now += 60
         balancer.purge()
         assert balancer.clients == 0
@@ -329,12 +330,12 @@ class TestAffinity:
         for client in (ALICE, BOB, CAROL, ALICE, DAVE):
             balancer.pick(client)
         assert balancer.clients == 3
-        hits = balancer.affinity_hits
+        hits = balancer.account.affinity_hits
         for client in (ALICE, CAROL, DAVE):
             balancer.pick(client)
-        assert balancer.affinity_hits == hits + 3
+        assert balancer.account.affinity_hits == hits + 3
         balancer.pick(BOB)
-        assert balancer.affinity_hits == hits + 3
+        assert balancer.account.affinity_hits == hits + 3
 
 
 class TestEjection:
@@ -347,7 +348,7 @@ class TestEjection:
         assert balancer.cycle(6) == alive * 3
         assert balancer.succeeded(dead)
         assert set(balancer.cycle(3)) == set(balancer.endpoints)
-        assert balancer.ejections == 1
+        assert balancer.account.ejections == 1
 
     def test_a_single_client_probes(self) -> None:
         balancer = Balancer(ONE, TWO, THREE, max_ejection=10)
@@ -411,7 +412,8 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.balancer = LoadBalancer(self.clock, random.Random(0), max_clients=self.BOUND)
+        self.account = ServicePortMetrics()
+        self.balancer = LoadBalancer(self.clock, random.Random(0), self.account, max_clients=self.BOUND)
         self.affinity, self.timeout = SessionAffinity.NONE, DEFAULT_AFFINITY_TIMEOUT
         self.usable: set[Address] = set()
         self.pins: list[tuple[str, Address, float]] = []
@@ -495,7 +497,7 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def remembers_as_expected(self) -> None:
         assert self.balancer.clients == len(self.pins) <= self.BOUND
-        assert self.balancer.affinity_hits == self.hits
+        assert self.account.affinity_hits == self.hits
 
     @invariant()
     def tells_its_endpoints(self) -> None:

@@ -28,7 +28,7 @@ def test_counts_of_a_service_port_carry_its_labels() -> None:
     counts.opened, counts.active, counts.to_client = 3, 1, 1000
     counts.ended[Outcome.CLIENT_RESET] += 2
     counts.dial_failures[errno.ECONNREFUSED] += 4
-    counts.affinity_hits = lambda: 5
+    counts.affinity_hits = 5
     found = samples(metrics)
     labels = {"prod", "web", "http", "TCP", "IPv4"}
     assert found["userspace_proxy_sessions_opened_total", frozenset(labels)] == 3

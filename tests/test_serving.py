@@ -27,6 +27,7 @@ from userspace_proxy.model import (
     Redirect,
     ServicePort,
     ServicePortName,
+    SessionAffinity,
     SocketKey,
     TrafficPolicy,
 )
@@ -322,16 +323,22 @@ def test_another_node_or_zone_has_other_endpoints(run: Run) -> None:
 def test_scopes_count_together(run: Run) -> None:
     async def main() -> None:
         with serving() as made:
-            made.follow({NAME: (HERE, THERE)}, Node("n1"))
-            assert made.open(KEY, TCP, ())
-            assert made.open(LOCAL_KEY, TCP, ())
+            also_here = Endpoint("127.0.0.1", 10, node="n1")
+            made.follow({NAME: (HERE, also_here, THERE)}, Node("n1"))
+            service = dataclasses.replace(TCP, affinity=SessionAffinity.CLIENT_IP)
+            assert made.open(KEY, service, ())
+            assert made.open(LOCAL_KEY, service, ())
             cluster, local = made.served[KEY], made.served[LOCAL_KEY]
             counts = cluster.socket.metrics  # type: ignore[attr-defined]
             assert local.socket.metrics is counts  # type: ignore[attr-defined]
-            cluster.balancer.affinity_hits, local.balancer.affinity_hits = 2, 3
-            assert counts.affinity_hits() == 5
+            for times, served in ((2, cluster), (3, local)):
+                for _ in range(times):
+                    met = served.balancer.pick("192.0.2.1")
+                assert served.balancer.failed(met)
+            assert (counts.affinity_hits, counts.ejections) == (3, 2)
             made.close(LOCAL_KEY)
-            assert counts.affinity_hits() == 2
+            assert (counts.affinity_hits, counts.ejections) == (3, 2), "they only grow"
+            assert counts.ejected() == 1
             made.problems.note(LOCAL_KEY, "trouble")
             assert made.problems.of(KEY) == ["trouble"]
 

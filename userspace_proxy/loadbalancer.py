@@ -30,6 +30,15 @@ class Randomness(typing.Protocol):
     def random(self) -> float: ...
 
 
+class Account(typing.Protocol):
+    """Where choices are counted: one for all scopes of a service port, which come and go while its counts only grow."""
+
+    affinity_hits: int
+    """Picks that were decided by affinity."""
+    ejections: int
+    """How often an endpoint was ejected."""
+
+
 class _Pin:
     """Where a client was sent, and when it last came."""
 
@@ -44,6 +53,7 @@ class LoadBalancer:
     """Proxy sockets hold on to one and call `pick`; everything else is for the proxier."""
 
     __slots__ = (
+        "_account",
         "_clock",
         "_ejections",
         "_index",
@@ -52,7 +62,6 @@ class LoadBalancer:
         "_pins",
         "_rng",
         "affinity",
-        "affinity_hits",
         "affinity_timeout",
         "ejected",
         "endpoints",
@@ -64,6 +73,7 @@ class LoadBalancer:
         self,
         clock: Callable[[], float],
         rng: Randomness,
+        account: Account,
         affinity: SessionAffinity = SessionAffinity.NONE,
         affinity_timeout: float = DEFAULT_AFFINITY_TIMEOUT,
         *,
@@ -73,6 +83,7 @@ class LoadBalancer:
         """`affinity_timeout` and `max_ejection` are in seconds; without the latter nothing is ejected."""
         self._clock = clock
         self._rng = rng
+        self._account = account
         self._max_clients = max_clients
         self.endpoints: tuple[Address, ...] = ()
         """Those that clients are sent to, in the order of their turns."""
@@ -80,8 +91,6 @@ class LoadBalancer:
         self._index = 0
         self.generation = 0
         """Counts the changes of the set of endpoints: while it is the same, no endpoint has left."""
-        self.affinity_hits = 0
-        """Picks that were decided by affinity."""
         self._ejections = Ejections(clock, rng, max_ejection)
         self.ejected: Collection[Address] = self._ejections.out
         """Endpoints passed over for now; always the same object, and empty while all is well."""
@@ -97,11 +106,6 @@ class LoadBalancer:
     def clients(self) -> int:
         """Clients that are remembered now; some may have expired since the last `purge`."""
         return len(self._pins) if self._pins is not None else 0
-
-    @property
-    def ejections(self) -> int:
-        """How often an endpoint was ejected."""
-        return self._ejections.count
 
     def has(self, address: Address) -> bool:
         """Whether clients are still sent to this endpoint."""
@@ -130,7 +134,7 @@ class LoadBalancer:
                 pins.popitem(last=False)
             return address
         if not tried and now - pin.used < self.affinity_timeout:
-            self.affinity_hits += 1
+            self._account.affinity_hits += 1
         else:
             pin.address = self._next(tried)
         pin.used = now
@@ -162,7 +166,10 @@ class LoadBalancer:
 
     def failed(self, address: Address) -> bool:
         """A dial to this endpoint failed: it may be ejected. Whether that is news."""
-        return self._ejections.failed(address, self._known)
+        before = self._ejections.count
+        news = self._ejections.failed(address, self._known)
+        self._account.ejections += self._ejections.count - before
+        return news
 
     def succeeded(self, address: Address) -> bool:
         """A dial to this endpoint succeeded: it is not ejected any more. Whether that is news."""

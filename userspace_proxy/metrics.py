@@ -95,10 +95,12 @@ class ServicePortMetrics:
         self.replied = 0
         self.drops: defaultdict[str, int] = defaultdict(int)
         """Datagrams and SCTP messages not passed on, by errno name or reason."""
-        self.affinity_hits: Callable[[], int] = int
+        self.affinity_hits = 0
+        """Picks that were decided by affinity."""
+        self.ejections = 0
+        """How often an endpoint was ejected."""
         self.ejected: Callable[[], int] = int
         """Endpoints passed over now, because dials to them failed."""
-        self.ejections: Callable[[], int] = int
 
 
 def errno_name(number: int) -> str:
@@ -214,9 +216,9 @@ def _samples(protocol: str, counts: ServicePortMetrics) -> Iterator[tuple[str, s
     yield "bytes_total", 'direction="to_endpoint",', counts.to_endpoint
     yield "bytes_total", 'direction="to_client",', counts.to_client
     yield "dials_total", "", counts.dials
-    yield "affinity_hits_total", "", counts.affinity_hits()
+    yield "affinity_hits_total", "", counts.affinity_hits
     yield "endpoints_ejected", "", counts.ejected()
-    yield "ejections_total", "", counts.ejections()
+    yield "ejections_total", "", counts.ejections
     for outcome, count in counts.ended.items():
         yield "sessions_ended_total", f'outcome="{outcome.value}",', count
     for number, count in counts.dial_failures.items():

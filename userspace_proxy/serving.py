@@ -232,10 +232,9 @@ class Serving:
     def open(self, key: SocketKey, service: ServicePort, avoid: Container[int]) -> bool:
         """Open a proxy socket on a port that is not to be avoided; the balancer has its endpoints before."""
         protocol = service.protocol
-        balancer = LoadBalancer(
-            self._clock, self._rng, service.affinity, service.affinity_timeout, max_ejection=self._max_ejection
-        )
         metrics = self._metrics.service_port(key.base, protocol.value)
+        affinity = service.affinity, service.affinity_timeout
+        balancer = LoadBalancer(self._clock, self._rng, metrics, *affinity, max_ejection=self._max_ejection)
         try:
             proxy_socket = self._open_somewhere(key, protocol, avoid, balancer, metrics)
         except (PortError, ProtocolUnavailable) as error:
@@ -246,9 +245,7 @@ class Serving:
             return False
         self._metrics.protocol_available.labels(protocol.value).set(1)
         self._proxy_ports.take(proxy_socket.port)
-        metrics.affinity_hits = lambda: sum(each.balancer.affinity_hits for each in self._scopes(key))
         metrics.ejected = lambda: len(set[Address]().union(*(each.balancer.ejected for each in self._scopes(key))))
-        metrics.ejections = lambda: sum(each.balancer.ejections for each in self._scopes(key))
         served = self.served[key] = Served(service, proxy_socket, balancer)
         self._keys[key.name].append(key)
         self._by_port[proxy_socket.port] = key

@@ -106,9 +106,8 @@ def test_the_port_is_ours_in_every_state(
             with pytest.raises(OSError, match="in use"):
                 other.bind(proxy.address)
         with pytest.raises(PortError, match="in use"):
-            proxy.call(
-                proxy.sockets.open, proxy.socket.key, *proxy.address, LoadBalancer(time.monotonic, None), proxy.counts
-            )
+            balancer = LoadBalancer(time.monotonic, None, proxy.counts)
+            proxy.call(proxy.sockets.open, proxy.socket.key, *proxy.address, balancer, proxy.counts)
 
 
 def unheard(proxy: ProxyThread, source: str | None = None) -> bool:

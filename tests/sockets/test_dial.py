@@ -69,7 +69,7 @@ def test_a_dead_endpoint_is_met_once_and_then_passed_over(start: Start, family: 
                 client.sendall(b"x")
                 assert client.recv(1) == b"x"
         assert proxy.counts.dial_failures[errno.ECONNREFUSED] == 1
-        assert proxy.balancer.ejections == 1
+        assert proxy.counts.ejections == 1
 
 
 @also_with_workers

@@ -13,7 +13,7 @@ import pytest
 from tests.netns import Namespace, eventually
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
-from userspace_proxy.metrics import Metrics, Outcome
+from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
 from userspace_proxy.model import (
     Endpoint,
     IPFamily,
@@ -55,12 +55,12 @@ class Bench:
         self.metrics = Metrics()
         self.path = DataPath(SETTINGS, self.metrics)
         self.shared = PortalSockets(self.path.sockets[protocol], bind, networks, lambda: self.shared.listeners < ROOM)
-        self.balancer = LoadBalancer(asyncio.get_running_loop().time, random.Random(1))
+        self.account = ServicePortMetrics()
+        self.balancer = LoadBalancer(asyncio.get_running_loop().time, random.Random(1), self.account)
 
     def open(self, family=V4, port=40001):
         key = SocketKey(ServicePortName("default", "web"), family)
-        account = self.metrics.service_port(key, self.protocol.value)
-        return self.shared.open(key, family.wildcard, port, self.balancer, account)
+        return self.shared.open(key, family.wildcard, port, self.balancer, self.account)
 
     def endpoints(self, *ports, family=V4):
         self.balancer.update([Endpoint(family.loopback, port) for port in ports])

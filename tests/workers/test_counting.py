@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import random
-import time
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.workers.counting import Tally, add
 
-OF_THE_BALANCER = {"affinity_hits", "ejected", "ejections"}
-NUMBERS = ["opened", "active", "to_endpoint", "to_client", "dials", "received", "replied"]
+KNOWN_TO_ALL = {"ejected", "ejections"}
+"""Each worker hears of them from the others, and the control process counts them itself."""
+NUMBERS = ["opened", "active", "to_endpoint", "to_client", "dials", "received", "replied", "affinity_hits"]
 TABLES = {"ended": list(Outcome), "dial_failures": [110, 111], "drops": ["ECONNREFUSED", "no room for a flow"]}
-
-
-def balancer() -> LoadBalancer:
-    return LoadBalancer(time.monotonic, random.Random(1))
 
 
 def plain(metrics: ServicePortMetrics) -> dict[str, object]:
@@ -28,12 +21,12 @@ def plain(metrics: ServicePortMetrics) -> dict[str, object]:
 
 def test_every_count_is_told() -> None:
     """A count that is added to `ServicePortMetrics` has to be told by workers as well."""
-    assert set(ServicePortMetrics.__slots__) == {*NUMBERS, *TABLES, *OF_THE_BALANCER}
+    assert set(ServicePortMetrics.__slots__) == {*NUMBERS, *TABLES, *KNOWN_TO_ALL}
 
 
 def test_nothing_is_told_of_what_did_not_change() -> None:
     metrics = ServicePortMetrics()
-    tally = Tally(1, metrics, balancer())
+    tally = Tally(1, metrics)
     assert tally.growth() is None
     metrics.ended[Outcome.NOT_CAPTURED] += 1
     assert tally.growth() is not None
@@ -44,7 +37,6 @@ events = st.one_of(
     st.tuples(st.sampled_from(NUMBERS), st.none(), st.integers(1, 100)),
     *(st.tuples(st.just(name), st.sampled_from(keys), st.integers(1, 100)) for name, keys in TABLES.items()),
     st.just("leave"),
-    st.just("hit"),
     st.just("tell"),
 )
 
@@ -52,13 +44,12 @@ events = st.one_of(
 @given(st.lists(events, max_size=40))
 def test_told_bit_by_bit_it_is_the_same(steps: list[object]) -> None:
     counted, known = ServicePortMetrics(), ServicePortMetrics()
-    here, there = balancer(), balancer()
-    tally = Tally(1, counted, here)
+    tally = Tally(1, counted)
 
     def tell() -> None:
         growth = tally.growth()
         if growth is not None:
-            add(growth, known, there)
+            add(growth, known)
 
     for step in steps:
         match step:
@@ -66,12 +57,9 @@ def test_told_bit_by_bit_it_is_the_same(steps: list[object]) -> None:
                 tell()
             case "leave":
                 counted.active -= min(1, counted.active)
-            case "hit":
-                here.affinity_hits += 1
             case (str(name), None, int(n)):
                 setattr(counted, name, getattr(counted, name) + n)
             case (str(name), key, int(n)):
                 getattr(counted, name)[key] += n
     tell()
     assert plain(known) == plain(counted)
-    assert there.affinity_hits == here.affinity_hits

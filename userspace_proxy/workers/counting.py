@@ -8,37 +8,35 @@ from __future__ import annotations
 
 import typing
 
-from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import ServicePortMetrics
 from userspace_proxy.workers.messages import Counts
 
-_NUMBERS = ("opened", "active", "to_endpoint", "to_client", "dials", "received", "replied")
+_NUMBERS = ("opened", "active", "to_endpoint", "to_client", "dials", "received", "replied", "affinity_hits")
 _TABLES = ("ended", "dial_failures", "drops")
 
 
 class Tally:
-    """What a worker has told of one service port."""
+    """What a worker has told of these counts, which go by a number."""
 
-    __slots__ = ("_balancer", "_id", "_mark", "_metrics", "_told")
+    __slots__ = ("_id", "_mark", "_metrics", "_told")
 
-    def __init__(self, id: int, metrics: ServicePortMetrics, balancer: LoadBalancer) -> None:  # noqa: A002
+    def __init__(self, id: int, metrics: ServicePortMetrics) -> None:  # noqa: A002
         self._id = id
         self._metrics = metrics
-        self._balancer = balancer
         self._told = ServicePortMetrics()
-        self._mark: tuple[int, ...] = (0,) * 11
+        self._mark: tuple[int, ...] = (0,) * (len(_NUMBERS) + len(_TABLES))
 
     def growth(self) -> Counts | None:
         """Since the last call; None: nothing changed. Asked for thousands of service ports, most of them idle."""
         now, told = self._metrics, self._told
         mark = (
             *(now.opened, now.active, now.to_endpoint, now.to_client, now.dials, now.received, now.replied),
+            now.affinity_hits,
             *(sum(now.ended.values()), sum(now.dial_failures.values()), sum(now.drops.values())),
-            self._balancer.affinity_hits,
         )
         if mark == self._mark:
             return None
-        before, self._mark = self._mark, mark
+        self._mark = mark
         numbers = {name: getattr(now, name) - getattr(told, name) for name in _NUMBERS}
         tables = {}
         for name in _TABLES:
@@ -47,15 +45,14 @@ class Tally:
             known.update(current)
         for name in _NUMBERS:
             setattr(told, name, getattr(now, name))
-        grown: dict[str, typing.Any] = {**numbers, **tables, "affinity_hits": mark[-1] - before[-1]}
+        grown: dict[str, typing.Any] = {**numbers, **tables}
         return Counts(self._id, **grown)
 
 
-def add(counts: Counts, metrics: ServicePortMetrics, balancer: LoadBalancer) -> None:
+def add(counts: Counts, metrics: ServicePortMetrics) -> None:
     for name in _NUMBERS:
         setattr(metrics, name, getattr(metrics, name) + getattr(counts, name))
     for name in _TABLES:
         table = getattr(metrics, name)
         for key, count in getattr(counts, name).items():
             table[key] += count
-    balancer.affinity_hits += counts.affinity_hits

@@ -375,7 +375,7 @@ class Pool:
         for counts in report.counts:
             proxy_socket = self.opened.get(counts.id)
             if proxy_socket is not None:  # else it was closed meanwhile, and nobody asks any more
-                counting.add(counts, proxy_socket.metrics, proxy_socket.balancer)
+                counting.add(counts, proxy_socket.metrics)
                 worker.active_by_id[counts.id] = worker.active_by_id.get(counts.id, 0) + counts.active
         worker.active = dict(report.active)
         worker.descriptors_in_use = report.descriptors_in_use

@@ -74,8 +74,8 @@ class SharedBalancer(LoadBalancer):
 
     __slots__ = ("_tell",)
 
-    def __init__(self, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
-        super().__init__(time.monotonic, InOrder(), max_ejection=max_ejection)
+    def __init__(self, metrics: ServicePortMetrics, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
+        super().__init__(time.monotonic, InOrder(), metrics, max_ejection=max_ejection)
         self._tell = tell
 
     def failed(self, address: Address) -> bool:
@@ -103,9 +103,9 @@ class ServedHere:
     def __init__(self, opening: Open, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
         self.key = opening.key
         self.protocol = opening.protocol
-        self.balancer = SharedBalancer(max_ejection, tell)
         self.metrics = ServicePortMetrics()
-        self.tally = Tally(opening.id, self.metrics, self.balancer)
+        self.balancer = SharedBalancer(self.metrics, max_ejection, tell)
+        self.tally = Tally(opening.id, self.metrics)
         self.portals: Admit | None = None
         self.proxy_protocol = ProxyProtocol()
         self.socket: ProxySocket | None = None
