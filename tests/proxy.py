@@ -333,13 +333,15 @@ class Named:
         self.stop()
 
 
-def ask(proxy: ProxyThread, message: bytes = b"hi", source: str | None = None) -> bytes:
-    """One new client, one question; the name of the endpoint that answered."""
+def ask(
+    proxy: ProxyThread, source: str | None = None, place: tuple[str, int] | None = None, message: bytes = b"hi"
+) -> bytes:
+    """One new client, one question; the name of the endpoint that answered. `place`: another socket of the proxy's."""
     with plain(proxy.protocol, proxy.family) as client:
         client.settimeout(5)
         if source:
             client.bind((source, 0))
-        client.connect(proxy.address)
+        client.connect(place or proxy.address)
         client.send(message)
         name, _, echoed = client.recv(65535).partition(b":")
         assert echoed == message

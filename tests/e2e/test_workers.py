@@ -25,13 +25,16 @@ ENDPOINT = Path(__file__).with_name("endpoint.py")
 DUAL = ["10.96.0.10", "fd00:96::10"]
 WEB = service("web", DUAL, [port(80, node_port=30080)])
 WEB_AND_DNS = [port(80, name="web"), port(53, name="dns", protocol="UDP")]
-STUCK = service("stuck", ["10.96.0.12", "fd00:96::12"], WEB_AND_DNS, sessionAffinity="ClientIP")
+EXTERNAL = "192.0.2.1"
+STUCK = service("stuck", ["10.96.0.12", "fd00:96::12"], WEB_AND_DNS, sessionAffinity="ClientIP", externalIPs=[EXTERNAL])
+BALANCED = "192.0.2.2"
 DNS = service("dns", "10.96.0.11", [port(53, protocol="UDP", node_port=30053)])
 
 
 @pytest.fixture
 def node(tmp_path: Path, capture: str) -> Iterator[Node]:
     with Node(tmp_path, capture) as made:
+        made.own(EXTERNAL, BALANCED)
         server = made.pod("10.1.0.2", "fd01::2")
         for name, number in zip("abc", (8080, 8081, 8082), strict=True):
             server.spawn(f"{sys.executable} {ENDPOINT} {name} {number}")
@@ -110,13 +113,25 @@ def held_tcp(pid: int) -> int:
 def test_affinity_however_clients_come(node: Node) -> None:
     pods = [node.pod(f"10.1.0.{n}", f"fd01::{n}") for n in (3, 4, 5, 6)]
     node.start("--workers=3", "--udp-timeout=10s")
-    places = [
-        (ip, *which) for ip in ("10.96.0.12", "fd00:96::12") for which in ((80, socket.SOCK_STREAM), (53, DATAGRAM))
+    # At whichever portal of a service port: several sockets, with the capture `local`.
+    service_ports = [
+        [(ip, *which) for ip in ips]
+        for ips in (("10.96.0.12", EXTERNAL), ("fd00:96::12",))
+        for which in ((80, socket.SOCK_STREAM), (53, DATAGRAM))
     ]
 
     def placed() -> list[bytes]:
-        met = [{answer(pod, *place) for _ in range(6)} for place in places for pod in (*pods, node.net)]
-        assert all(len(names) == 1 for names in met)
+        met = []
+        for places in service_ports:
+            # Pods begin at different ones, and take turns.
+            rounds = [
+                [answer(pod, *places[(turn + number) % len(places)]) for number, pod in enumerate(pods)]
+                for turn in range(6)
+            ]
+            met += map(set, zip(*rounds, strict=True))
+            # On the node itself a client has another address for each of them.
+            met += [{answer(node.net, *place) for _ in range(6)} for place in places]
+        assert all(len(names) == 1 for names in met), met
         return [names.pop() for names in met]
 
     first = placed()
@@ -125,6 +140,42 @@ def test_affinity_however_clients_come(node: Node) -> None:
     node.apply(service("other", "10.96.0.99", [port(80)]), file="other")
     eventually(lambda: "other" in node.rows())
     assert placed() == first
+
+
+def test_what_is_counted_stays_as_a_scope_of_a_service_port_goes(node: Node) -> None:
+    """With the source ranges goes a socket, and not its sessions."""
+
+    def ranged(*ranges: str) -> list[dict[str, object]]:
+        spec = {"sessionAffinity": "ClientIP", "loadBalancerSourceRanges": list(ranges)}
+        return [service("ranged", "10.96.0.13", [port(80)], ingress=[BALANCED], **spec), *three_ports("ranged", "TCP")]
+
+    def count(name: str) -> float:
+        found = re.findall(rf'{name}{{[^}}]*family="IPv4"[^}}]*service="ranged"}} (\S+)', node.get("/metrics"))
+        return sum(map(float, found))
+
+    pod = node.pod("10.1.0.3", "fd01::3")
+    node.apply(*ranged("10.0.0.0/8"), file="ranged")
+    node.start("--workers=2")
+    assert "source ranges" in scopes(node)
+    with crowd(12, pod, BALANCED, 80) as clients:
+        for client in clients:
+            ask(client)
+        assert count("affinity_hits_total") == 11
+        node.apply(*ranged(), file="ranged")
+        eventually(lambda: scopes(node) == {""})
+        assert all(ask(client)[1:] == b":hi" for client in clients)
+        assert [count(f"{name}_total") for name in ("affinity_hits", "sessions_opened")] == [11, 12]
+        assert count("sessions_active") == 12
+    eventually(lambda: count("sessions_active") == 0)
+    assert [count(f"{name}_total") for name in ("affinity_hits", "sessions_ended", "bytes")] == [
+        11,
+        12,
+        12 * 2 * (2 + 4),
+    ]
+
+
+def scopes(node: Node) -> set[object]:
+    return {row["scope"] for row in node.services() if row["name"] == "ranged" and row["family"] == "IPv4"}
 
 
 @pytest.mark.captures("iptables", "local", why="nftables redirects to the same sockets as iptables does")

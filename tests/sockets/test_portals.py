@@ -11,6 +11,7 @@ import socket
 import pytest
 
 from tests.netns import Namespace, eventually
+from userspace_proxy.config import LoggingFormat
 from userspace_proxy.exceptions import PortError
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
@@ -22,10 +23,13 @@ from userspace_proxy.model import (
     Protocol,
     ProxyProtocol,
     ServicePortName,
+    SessionAffinity,
     SocketKey,
 )
 from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.sockets.portals import PortalSockets
+from userspace_proxy.workers.messages import Start
+from userspace_proxy.workers.pool import Pool
 
 pytestmark = pytest.mark.privileged
 
@@ -49,11 +53,15 @@ ROOM = 5
 class Bench:
     """Portal sockets in a namespace, with two endpoints that say which one they are."""
 
-    def __init__(self, node, protocol, bind="0.0.0.0", networks=()):
+    def __init__(self, node, protocol, bind="0.0.0.0", networks=(), workers=1):
         self.node = node
         self.protocol = protocol
         self.metrics = Metrics()
-        self.path = DataPath(SETTINGS, self.metrics)
+        if workers == 1:
+            self.path = DataPath(SETTINGS, self.metrics)
+        else:
+            self.path = Pool(workers, Start(0, SETTINGS, 0.0, 0, LoggingFormat.TEXT), self.metrics)
+            self._keeping = asyncio.get_running_loop().create_task(self.path.run())
         self.shared = PortalSockets(self.path.sockets[protocol], bind, networks, lambda: self.shared.listeners < ROOM)
         self.account = ServicePortMetrics()
         self.balancer = LoadBalancer(asyncio.get_running_loop().time, random.Random(1), self.account)
@@ -62,14 +70,23 @@ class Bench:
         key = SocketKey(ServicePortName("default", "web"), family)
         return self.shared.open(key, family.wildcard, port, self.balancer, self.account)
 
+    async def close(self):
+        self.shared.end_all(Outcome.CLOSED)
+        if isinstance(self.path, Pool):
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        await self.path.close()
+
     def endpoints(self, *ports, family=V4):
         self.balancer.update([Endpoint(family.loopback, port) for port in ports])
 
-    async def ask(self, ip, port, timeout=5):
+    async def ask(self, ip, port, timeout=5, source=None):
         def ask():
             kind = socket.AF_INET6 if ":" in ip else socket.AF_INET
             with self.node.entered(), socket.socket(kind, KIND[self.protocol]) as client:
                 client.settimeout(timeout)
+                if source:
+                    client.bind((source, 0))
                 client.connect((ip, port))
                 client.send(b"hi")
                 return client.recv(100)
@@ -82,6 +99,11 @@ class Bench:
 
 @pytest.fixture(params=[Protocol.TCP, Protocol.UDP])
 def protocol(request):
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["alone", "2 workers"])
+def workers(request):
     return request.param
 
 
@@ -101,15 +123,14 @@ def in_loop(node, main, *arguments, **options):
         try:
             await main(bench)
         finally:
-            bench.shared.end_all(Outcome.CLOSED)
-            await bench.path.close()
+            await bench.close()
 
     with node.entered(), asyncio.Runner() as runner:
         runner.run(run())
 
 
 @pytest.mark.parametrize("family", IPFamily)
-def test_portals_share_the_turn_and_go_with_what_is_admitted(node, protocol, family):
+def test_portals_share_the_turn_and_go_with_what_is_admitted(node, protocol, family, workers):
     first, second = ("127.96.0.10", "127.96.0.11") if family is V4 else ("fd00:96::10", "fd00:96::11")
     if family is V6:
         for ip in (first, second):
@@ -121,8 +142,9 @@ def test_portals_share_the_turn_and_go_with_what_is_admitted(node, protocol, fam
         opened.serve()
         opened.admit({portal(first, protocol=protocol), portal(second, protocol=protocol)})
         answers = [await bench.ask(ip, 8080) for ip in (first, second, first, second)]
-        assert sorted(answers) == [b"1:hi", b"1:hi", b"2:hi", b"2:hi"]
-        assert answers[0] != answers[1] != answers[2]
+        if workers == 1 or protocol is Protocol.UDP:  # else it is as many turns at a time
+            assert sorted(answers) == [b"1:hi", b"1:hi", b"2:hi", b"2:hi"]
+            assert answers[0] != answers[1] != answers[2]
         assert (await bench.ask(family.loopback, opened.port)).endswith(b":hi")
         opened.refuse()
         assert await bench.ask(first, 8080) is ConnectionRefusedError
@@ -135,7 +157,55 @@ def test_portals_share_the_turn_and_go_with_what_is_admitted(node, protocol, fam
         assert bench.shared.listeners == 0
         assert await bench.ask(second, 8080) is ConnectionRefusedError
 
-    in_loop(node, main, protocol)
+    in_loop(node, main, protocol, workers=workers)
+
+
+def test_a_client_meets_the_same_endpoint_at_every_portal(node, protocol, workers):
+    portals = [("127.96.0.10", 8080), ("127.96.0.11", 8080), ("127.96.0.11", 8088)]
+
+    async def main(bench):
+        bench.balancer.configure(SessionAffinity.CLIENT_IP, 100.0)
+        bench.endpoints(8081, 8082)
+        opened = bench.open()
+        opened.serve()
+        opened.admit({portal(*place, protocol=protocol) for place in portals})
+        met = {}
+        for turn in range(3):
+            for number in range(2, 14):
+                source = f"127.0.0.{number}"
+                met.setdefault(source, set()).add(await bench.ask(*portals[(number + turn) % 3], source=source))
+        assert all(len(names) == 1 for names in met.values()), met
+        assert set.union(*met.values()) == {b"1:hi", b"2:hi"}
+        await bench.path.count()
+        assert bench.account.affinity_hits == 24
+        opened.close()
+
+    in_loop(node, main, protocol, workers=workers)
+
+
+def test_sessions_that_outlive_their_portal_are_counted_to_their_end(node, workers):
+    async def main(bench):
+        bench.endpoints(8081)
+        opened = bench.open()
+        opened.serve()
+        opened.admit({portal("127.96.0.10"), portal("127.96.0.11")})
+        reader, writer = await asyncio.open_connection("127.96.0.10", 8080)
+        for portals in ({portal("127.96.0.10"), portal("127.96.0.11")}, {portal("127.96.0.11")}):
+            opened.admit(portals)
+            writer.write(b"hi")
+            assert await reader.readexactly(4) == b"1:hi"
+            await bench.path.count()
+            assert bench.account.active == 1
+        writer.close()
+        await writer.wait_closed()
+        async with asyncio.timeout(10):
+            while bench.account.active:
+                await asyncio.sleep(0.01)
+                await bench.path.count()
+        assert (sum(bench.account.ended.values()), bench.account.to_endpoint, bench.account.to_client) == (1, 4, 8)
+        opened.close()
+
+    in_loop(node, main, Protocol.TCP, workers=workers)
 
 
 def test_the_proxy_port_is_for_this_host_alone(node, protocol):
@@ -233,7 +303,7 @@ def test_an_address_that_is_not_this_hosts(node):
     in_loop(node, main, Protocol.TCP)
 
 
-def test_who_is_heard_is_the_same_at_every_portal(node, protocol):
+def test_who_is_heard_is_the_same_at_every_portal(node, protocol, workers):
     async def main(bench):
         bench.endpoints(8081)
         opened = bench.open()
@@ -247,10 +317,10 @@ def test_who_is_heard_is_the_same_at_every_portal(node, protocol):
         assert await bench.ask("127.96.0.11", 8080) == b"1:hi"
         opened.close()
 
-    in_loop(node, main, protocol)
+    in_loop(node, main, protocol, workers=workers)
 
 
-def test_clients_are_introduced_with_the_portal_they_came_to(node):
+def test_clients_are_introduced_with_the_portal_they_came_to(node, workers):
     async def main(bench):
         bench.endpoints(8081)
         opened = bench.open()
@@ -265,7 +335,7 @@ def test_clients_are_introduced_with_the_portal_they_came_to(node):
             assert b" 8080\r\n" in answer
         opened.close()
 
-    in_loop(node, main, Protocol.TCP)
+    in_loop(node, main, Protocol.TCP, workers=workers)
 
 
 def test_draining_is_the_data_paths(node):

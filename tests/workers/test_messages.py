@@ -46,7 +46,7 @@ SESSION = {
 
 def test_to_a_worker() -> None:
     messages: list[ToWorker] = [
-        Open(1, KEY, Protocol.UDP),
+        Open(1, 2, KEY, Protocol.UDP),
         Balance(1, (("127.0.0.1", 80), ("::1", 81)), (("::1", 81),), SessionAffinity.CLIENT_IP, 10.5),
         Admit(1, None),
         Admit(1, (Portal(IPFamily.IPV6, Protocol.TCP, "fd00::1", 80, PortalKind.CLUSTER_IP),)),
@@ -60,7 +60,7 @@ def test_to_a_worker() -> None:
 
 def test_to_the_control_process() -> None:
     counts = Counts(1, 2, -3, 4, 5, 6, 7, 8, 9, {Outcome.IDLE: 1}, {111: 2}, {"ECONNREFUSED": 3})
-    for message in (Report(7, (counts,), {Protocol.TCP: 3}, 1, 20), Sessions(8, (SESSION,))):  # type: ignore[arg-type]
+    for message in (Report(7, (counts,), (1, 2), {Protocol.TCP: 3}, 1, 20), Sessions(8, (SESSION,))):  # type: ignore[arg-type]
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToControl) == message
 
 

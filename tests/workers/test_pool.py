@@ -144,7 +144,7 @@ def test_affinity_is_exact_over_all_workers(start: Start, protocol: Protocol, fa
         proxy = start(protocol, family, [e.address for e in endpoints], affinity=SessionAffinity.CLIENT_IP)
 
         def placed(order: Sequence[str]) -> dict[str, bytes]:
-            found = {client: {ask(proxy, source=client) for _ in range(3)} for client in order}
+            found = {client: {ask(proxy, client) for _ in range(3)} for client in order}
             assert all(len(names) == 1 for names in found.values())
             return {client: names.pop() for client, names in found.items()}
 
@@ -176,7 +176,7 @@ def test_affinity_can_be_switched_while_clients_come(start: Start, protocol: Pro
             proxy.call(proxy.balancer.configure, SessionAffinity.CLIENT_IP, 100.0)
             heard(proxy)
             for client in clients(V4):
-                assert len({ask(proxy, source=client) for _ in range(3)}) == 1
+                assert len({ask(proxy, client) for _ in range(3)}) == 1
             proxy.call(proxy.balancer.configure, SessionAffinity.NONE, 100.0)
             heard(proxy)
 
@@ -193,7 +193,7 @@ def test_turns_are_fair_over_all_workers(start: Start, protocol: Protocol, famil
 def test_workers_begin_their_turns_at_different_endpoints(start: Start) -> None:
     with named(Protocol.TCP, V4, "abcd") as endpoints:
         proxy = start(Protocol.TCP, V4, [e.address for e in endpoints])
-        orders = [proxy.socket._balance(worker).endpoints for worker in proxy.pool.workers]  # type: ignore[attr-defined]
+        orders = [proxy.socket.account.balance(worker).endpoints for worker in proxy.pool.workers]  # type: ignore[attr-defined]
         assert orders[0] == proxy.balancer.endpoints
         assert orders[1] == proxy.balancer.endpoints[2:] + proxy.balancer.endpoints[:2]
 
@@ -219,8 +219,8 @@ def test_what_one_learns_of_a_dead_endpoint_all_know(start: Start) -> None:
             eventually(lambda: ask_anything(proxy) and not proxy.call(lambda: set(proxy.balancer.ejected)), patience=60)
 
 
-def ask_echo(proxy: ProxyThread) -> bool:
-    with proxy.connect() as client:
+def ask_echo(proxy: ProxyThread, place: tuple[str, int] | None = None) -> bool:
+    with socket.create_connection(place or proxy.address, 10) as client:
         client.sendall(b"x")
         return client.recv(1) == b"x"
 
@@ -229,6 +229,102 @@ def ask_anything(proxy: ProxyThread) -> bool:
     with proxy.connect() as client:
         client.sendall(b"x")
         return bool(client.recv(1))
+
+
+# -- several sockets of one service port
+
+
+@contextlib.contextmanager
+def another(proxy: ProxyThread) -> Iterator[tuple[str, int]]:
+    """A second socket with the same balancer and counts, as a service port has one at each of its portals."""
+    opened = proxy.call(proxy._open)
+    proxy.call(opened.serve)
+    try:
+        yield proxy.family.loopback, opened.port
+    finally:
+        proxy.call(opened.close)
+
+
+@pytest.mark.privileged
+@pytest.mark.usefixtures("_many_addresses")
+def test_affinity_is_exact_over_all_sockets_of_a_service_port(
+    start: Start, protocol: Protocol, family: IPFamily
+) -> None:
+    with named(protocol, family, "abcde") as endpoints:
+        proxy = start(protocol, family, [e.address for e in endpoints], affinity=SessionAffinity.CLIENT_IP)
+        with another(proxy) as second:
+            places = [proxy.address, second]
+            # Each client begins at one of them, so that turns taken at each on its own would differ.
+            first = {client: ask(proxy, client, places[n % 3 == 0]) for n, client in enumerate(clients(family))}
+            assert len(set(first.values())) == 5
+            for place in places * 2:
+                assert {client: ask(proxy, client, place) for client in clients(family)} == first
+
+
+def test_what_is_learnt_of_an_endpoint_at_one_socket_is_known_at_all(start: Start) -> None:
+    with Servers(echo) as endpoint:
+        proxy = start(Protocol.TCP, V4, [endpoint.address], max_ejection=600.0)
+        with another(proxy) as second:
+            # The first ejection lasts for 0.8 s at least. Sooner or later sixteen clients are served within that.
+            for _ in range(20):
+                dead = closed_port()
+                proxy.update([endpoint.address, dead])
+                eventually(
+                    lambda dead=dead: ask_echo(proxy) and proxy.call(lambda: set(proxy.balancer.ejected)) == {dead}
+                )
+                heard(proxy)
+                before = proxy.counts.dial_failures[errno.ECONNREFUSED]
+                assert all(ask_echo(proxy, second) for _ in range(16))
+                if proxy.counts.dial_failures[errno.ECONNREFUSED] == before:
+                    break
+            else:
+                raise AssertionError(
+                    "an endpoint is dialled for clients of one socket that those of another found dead"
+                )
+
+
+def test_sessions_of_a_socket_that_is_closed_are_counted_to_their_end(start: Start) -> None:
+    """While others of the service port stay, and after the last of them."""
+    with Servers(echo) as endpoint:
+        proxy = start(Protocol.TCP, V4, [endpoint.address])
+        with another(proxy) as second:
+            early = [socket.create_connection(second, 10) for _ in range(10)]
+            late = [proxy.connect() for _ in range(10)]
+            for client in (*early, *late):
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+            assert proxy.counts.active == 20
+        with closing([early]):
+            for client in early:
+                client.sendall(b"x" * 100)
+                assert client.recv(100)
+        eventually(lambda: proxy.counts.active == 10)
+        assert proxy.counts.to_endpoint == 20 + 1000
+        proxy.call(proxy.socket.close)
+        with closing([late]):
+            for client in late:
+                client.sendall(b"x" * 100)
+                assert client.recv(100)
+            assert proxy.counts.active == 10
+            assert len(proxy.pool.accounts) == 1
+        eventually(lambda: proxy.counts.active == 0)
+        assert sum(proxy.ended().values()) == 20
+        assert proxy.counts.to_endpoint == 20 + 2000
+        assert len(proxy.pool.accounts) == 0, "nothing is kept of what is over"
+
+
+def test_sessions_of_a_socket_that_is_closed_end_with_their_worker(start: Start) -> None:
+    with Servers(echo) as endpoint:
+        proxy = start(Protocol.TCP, V4, [endpoint.address])
+        theirs = connected(proxy, 20)
+        assert proxy.counts.active == 20
+        proxy.call(proxy.socket.close)
+        kill(proxy)
+        with closing(theirs):
+            assert proxy.counts.active == len(theirs[1])
+            assert proxy.ended() == {Outcome.WORKER_DIED: len(theirs[0])}
+        eventually(lambda: proxy.counts.active == 0)
+        assert len(proxy.pool.accounts) == 0
 
 
 # -- dying

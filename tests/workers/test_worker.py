@@ -135,8 +135,8 @@ def endpoint() -> Iterator[Servers]:
 
 def served(endpoint: Servers, *others: tuple[str, int], portals: tuple[Portal, ...] | None = None) -> list[ToWorker]:
     return [
-        Open(1, KEY, Protocol.TCP),
-        Balance(1, (*others, endpoint.address), (), SessionAffinity.NONE, DEFAULT_AFFINITY_TIMEOUT),
+        Balance(7, (*others, endpoint.address), (), SessionAffinity.NONE, DEFAULT_AFFINITY_TIMEOUT),
+        Open(1, 7, KEY, Protocol.TCP),
         Admit(1, portals),
         Serve(1),
     ]
@@ -153,7 +153,7 @@ def test_it_serves_what_it_is_given_and_tells_what_it_did(control: Control, endp
         assert answered(client)
         report = control.report()
         [counts] = report.counts
-        assert (counts.id, counts.opened, counts.active, counts.to_client) == (1, 1, 1, 1)
+        assert (counts.account, counts.opened, counts.active, counts.to_client) == (7, 1, 1, 1)
         assert (report.active[Protocol.TCP], report.descriptors_in_use) == (1, 2)
         control.tell(AskSessions(6))
         [session] = control.hear(lambda m: isinstance(m, Sessions)).sessions
@@ -213,20 +213,38 @@ def test_it_tells_of_dead_endpoints_and_heeds_what_others_tell(control: Control,
             with control.connect() as client:
                 assert answered(client)
         news = control.hear(lambda m: isinstance(m, Dialled))
-        assert (news.id, news.address, news.worked) == (1, dead, False)
-        control.tell(Dialled(1, other.address, False))
+        assert (news.account, news.address, news.worked) == (7, dead, False)
+        control.tell(Dialled(7, other.address, False))
         before = other.accepted
         for _ in range(9):
             with control.connect() as client:
                 assert answered(client)
         assert other.accepted <= before + 1, "nobody but a probe, if the time is over"
-        control.tell(Dialled(1, other.address, True), Dialled(99, dead, True))
+        control.tell(Dialled(7, other.address, True), Dialled(99, dead, True))
         before = other.accepted
         for _ in range(9):
             with control.connect() as client:
                 assert answered(client)
         assert other.accepted >= before + 3
         assert len([m for m in control.told if isinstance(m, Dialled) and m.address == other.address]) <= 1
+
+
+def test_sockets_of_an_account_count_together_and_it_is_let_go_after_the_last_session(
+    control: Control, endpoint: Servers
+) -> None:
+    control.tell(*served(endpoint), Open(2, 7, KEY, Protocol.TCP), Close(1))
+    assert control.report().over == ()
+    control.tell(Serve(2))
+    with control.connect() as client:
+        assert answered(client)
+        control.tell(Close(2))
+        report = control.report()
+        assert (report.counts[0].opened, report.over) == (1, ())
+        assert answered(client)
+    eventually(lambda: 7 in control.report().over)
+    told = [counts for m in control.told if isinstance(m, Report) for counts in m.counts]
+    assert (sum(c.active for c in told), sum(c.to_client for c in told)) == (0, 2)
+    assert [m.over for m in control.told if isinstance(m, Report) and m.over] == [(7,)], "told once"
 
 
 def test_draining_is_told_when_it_is_done(control: Control, endpoint: Servers) -> None:

@@ -16,12 +16,12 @@ _TABLES = ("ended", "dial_failures", "drops")
 
 
 class Tally:
-    """What a worker has told of these counts, which go by a number."""
+    """What a worker has told of an account."""
 
-    __slots__ = ("_id", "_mark", "_metrics", "_told")
+    __slots__ = ("_account", "_mark", "_metrics", "_told")
 
-    def __init__(self, id: int, metrics: ServicePortMetrics) -> None:  # noqa: A002
-        self._id = id
+    def __init__(self, account: int, metrics: ServicePortMetrics) -> None:
+        self._account = account
         self._metrics = metrics
         self._told = ServicePortMetrics()
         self._mark: tuple[int, ...] = (0,) * (len(_NUMBERS) + len(_TABLES))
@@ -46,7 +46,7 @@ class Tally:
         for name in _NUMBERS:
             setattr(told, name, getattr(now, name))
         grown: dict[str, typing.Any] = {**numbers, **tables}
-        return Counts(self._id, **grown)
+        return Counts(self._account, **grown)
 
 
 def add(counts: Counts, metrics: ServicePortMetrics) -> None:

@@ -1,7 +1,8 @@
 """What the control process and its workers say to each other, in MessagePack, over a socket pair (see `channel`).
 
 The control process tells each worker what to serve; everything a worker must know is said again to its successor.
-A service port in one family goes by a number, its `id`, which is never used twice.
+A proxy socket goes by a number, its `id`, and so does an `account`: the load balancer and the counts that several
+sockets may share. No number is used twice for the same kind of thing.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):
-    """A service port that is there, not served yet."""
+    """A proxy socket that is there, not served yet. Its account has been told of by `Balance`."""
 
     id: int
+    account: int
     key: SocketKey
     protocol: Protocol
 
 
 class Balance(msgspec.Struct, tag=True, frozen=True):
-    """How to choose among which endpoints from now on."""
+    """How to choose among which endpoints from now on. At first it makes the account."""
 
-    id: int
+    account: int
     endpoints: tuple[Address, ...]
     """In the order of their turns, which begins elsewhere for each worker."""
     ejected: tuple[Address, ...]
@@ -73,6 +75,8 @@ class Refuse(msgspec.Struct, tag=True, frozen=True):
 
 
 class Close(msgspec.Struct, tag=True, frozen=True):
+    """The last socket of an account takes that along, once its sessions have ended and that is told."""
+
     id: int
 
 
@@ -96,15 +100,15 @@ class AskSessions(msgspec.Struct, tag=True, frozen=True):
 class Dialled(msgspec.Struct, tag=True, frozen=True):
     """Both ways: a dial ejected this endpoint, or brought it back."""
 
-    id: int
+    account: int
     address: Address
     worked: bool
 
 
 class Counts(msgspec.Struct, frozen=True, array_like=True):
-    """How much the counts of one service port have grown since they were last told."""
+    """How much the counts of an account have grown since they were last told."""
 
-    id: int
+    account: int
     opened: int
     active: int
     to_endpoint: int
@@ -124,6 +128,8 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     number: int
     """Of the question; 0: nobody asked."""
     counts: tuple[Counts, ...]
+    over: tuple[int, ...]
+    """Accounts that are let go: of them there is nothing more to tell than what is told here."""
     active: dict[Protocol, int]
     """Sessions now, those of service ports that are closed included."""
     accept_pauses: int

@@ -6,7 +6,7 @@
 SCTP is the exception: its associations are relayed by the control process, whatever the number of workers.
 
 Endpoints are balanced by each worker for itself, in the same order begun at another place, so that the whole is fair.
-What one learns of dead endpoints, and what all have counted, comes together here.
+What one learns of dead endpoints, and what all have counted, comes together in `accounts`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
 from userspace_proxy.model import Portal, Protocol, ProxyProtocol, SessionAffinity, SocketKey
 from userspace_proxy.sockets.base import ProxySockets, Session
 from userspace_proxy.sockets.path import DataPath
-from userspace_proxy.workers import counting
+from userspace_proxy.workers.accounts import Account, Accounts
 from userspace_proxy.workers.backoff import Backoff
 from userspace_proxy.workers.groups import GROUPS, Group
 from userspace_proxy.workers.messages import (
     Admit,
     AskCounts,
     AskSessions,
-    Balance,
     Close,
     Dialled,
     Drain,
@@ -63,13 +62,10 @@ AGAIN = 1.0
 class WorkerSocket:
     """The proxy socket of one service port in one family, served by all workers."""
 
-    def __init__(
-        self, pool: Pool, opening: Open, group: Group, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
-    ) -> None:
+    def __init__(self, pool: Pool, opening: Open, account: Account, group: Group, port: int) -> None:
         self.key = opening.key
         self.port = port
-        self.balancer = balancer
-        self.metrics = metrics
+        self.account = account
         self.opening = opening
         self.serving = False
         self._pool = pool
@@ -77,7 +73,8 @@ class WorkerSocket:
         self._admitted: Admit | None = None
         self._speaking = Speak(opening.id, ProxyProtocol())
         self._steered = False
-        balancer.on_change.append(self._follow)
+        # Before workers are told: steering precedes what they remember of clients.
+        account.balancer.on_change.insert(0, self._steer)
 
     def serve(self) -> None:
         if self.serving:
@@ -111,8 +108,8 @@ class WorkerSocket:
     def close(self) -> None:
         self._hand_over_waiting()
         self.serving = False
-        if self._follow in self.balancer.on_change:
-            self.balancer.on_change.remove(self._follow)
+        if self._steer in self.account.balancer.on_change:
+            self.account.balancer.on_change.remove(self._steer)
         self._group.close()
         self._pool.forget(self)
 
@@ -125,7 +122,6 @@ class WorkerSocket:
     def introduce(self, worker: Worker) -> None:
         """Tell a new worker all that the others know."""
         worker.send(self.opening)
-        worker.send(self._balance(worker))
         if self._admitted is not None:
             worker.send(self._admitted)
         worker.send(self._speaking)
@@ -137,29 +133,16 @@ class WorkerSocket:
 
     @property
     def _wants_steering(self) -> bool:
-        return self.balancer.affinity is SessionAffinity.CLIENT_IP
+        return self.account.balancer.affinity is SessionAffinity.CLIENT_IP
 
-    def _follow(self) -> None:
-        """The balancer has changed. Steering precedes what workers remember of clients."""
+    def _steer(self) -> None:
+        """The balancer has changed."""
         if self.serving and self._steered is not self._wants_steering:
             self._steered = self._wants_steering
             try:
                 self._group.steer(self._steered)
             except OSError as error:
                 logger.error("%s: clients cannot be kept to one worker each: %s", self.key.name, error.strerror)
-        for worker in self._pool.workers:
-            worker.send(self._balance(worker))
-
-    def _balance(self, worker: Worker) -> Balance:
-        balancer = self.balancer
-        first = len(balancer.endpoints) * worker.index // len(self._pool.workers)
-        return Balance(
-            id=self.opening.id,
-            endpoints=balancer.endpoints[first:] + balancer.endpoints[:first],
-            ejected=tuple(balancer.ejected),
-            affinity=balancer.affinity,
-            affinity_timeout=balancer.affinity_timeout,
-        )
 
 
 class WorkerSockets:
@@ -174,7 +157,7 @@ class WorkerSockets:
         self, key: SocketKey, ip: str, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
     ) -> WorkerSocket:
         group = GROUPS[self.protocol](key.family, ip, port, len(self._pool.workers))
-        return self._pool.add(Open(self._pool.next_id(), key, self.protocol), group, port, balancer, metrics)
+        return self._pool.add(key, self.protocol, group, port, self._pool.accounts.open(balancer, metrics))
 
     @property
     def active(self) -> int:
@@ -207,7 +190,6 @@ class Worker:
         self.busy: set[Protocol] = set()
         """Told to drain, and has not said that it is idle."""
         self.active: dict[Protocol, int] = {}
-        self.active_by_id: dict[int, int] = {}
         self.descriptors_in_use = 0
         self.program: Program | None = None
         self._pool = pool
@@ -250,6 +232,7 @@ class Worker:
     async def _live(self) -> None:
         """One process's life. Cancelled, it leaves the process alive; `end` ends it."""
         program = self.program = Program(self._pool.start_of(self.index), self._on_message)
+        self._pool.accounts.introduce(self)
         for proxy_socket in self._pool.opened.values():
             proxy_socket.introduce(self)
         self._pool.tell_how_many()
@@ -276,7 +259,7 @@ class Worker:
             case Sessions():
                 self._answer(message.number, message)
             case Dialled():
-                self._pool.spread(self, message)
+                self._pool.accounts.spread(self, message)
             case Idle(protocol):
                 self.busy.discard(protocol)
                 self._pool.relaying[protocol].tell_if_idle()
@@ -298,6 +281,7 @@ class Pool:
         self._own = DataPath(start.settings, metrics)
         """For SCTP alone."""
         self.sockets: Mapping[Protocol, ProxySockets] = {**self.relaying, Protocol.SCTP: self._own.sctp}
+        self.accounts = Accounts(self.workers)
         self.opened: dict[int, WorkerSocket] = {}
         self.draining = False
         self.metrics = metrics
@@ -344,13 +328,9 @@ class Pool:
 
     # -- for the proxy sockets
 
-    def next_id(self) -> int:
-        return next(self._ids)
-
-    def add(
-        self, opening: Open, group: Group, port: int, balancer: LoadBalancer, metrics: ServicePortMetrics
-    ) -> WorkerSocket:
-        made = self.opened[opening.id] = WorkerSocket(self, opening, group, port, balancer, metrics)
+    def add(self, key: SocketKey, protocol: Protocol, group: Group, port: int, account: Account) -> WorkerSocket:
+        opening = Open(next(self._ids), account.id, key, protocol)
+        made = self.opened[opening.id] = WorkerSocket(self, opening, account, group, port)
         for worker in self.workers:
             made.introduce(worker)
         return made
@@ -358,9 +338,8 @@ class Pool:
     def forget(self, proxy_socket: WorkerSocket) -> None:
         number = proxy_socket.opening.id
         if self.opened.pop(number, None) is not None:
-            for worker in self.workers:
-                worker.active_by_id.pop(number, None)
             self.tell(Close(number))
+            self.accounts.close(proxy_socket.account)
 
     def tell(self, message: ToWorker) -> None:
         for worker in self.workers:
@@ -372,39 +351,19 @@ class Pool:
         return msgspec.structs.replace(self._start, index=index)
 
     def add_up(self, worker: Worker, report: Report) -> None:
-        for counts in report.counts:
-            proxy_socket = self.opened.get(counts.id)
-            if proxy_socket is not None:  # else it was closed meanwhile, and nobody asks any more
-                counting.add(counts, proxy_socket.metrics)
-                worker.active_by_id[counts.id] = worker.active_by_id.get(counts.id, 0) + counts.active
+        self.accounts.add_up(worker, report.counts, report.over)
         worker.active = dict(report.active)
         worker.descriptors_in_use = report.descriptors_in_use
         self.metrics.accept_pauses += report.accept_pauses
 
     def take_back(self, worker: Worker) -> None:
         """A dead worker's sessions have ended, and it has none to drain."""
-        for number, active in worker.active_by_id.items():
-            metrics = self.opened[number].metrics
-            metrics.active -= active
-            metrics.ended[Outcome.WORKER_DIED] += active
-        worker.active_by_id.clear()
+        self.accounts.take_back(worker)
         worker.active.clear()
         worker.descriptors_in_use = 0
         worker.busy.clear()
         for sockets in self.relaying.values():
             sockets.tell_if_idle()
-
-    def spread(self, source: Worker, news: Dialled) -> None:
-        proxy_socket = self.opened.get(news.id)
-        if proxy_socket is None:
-            return
-        if news.worked:
-            proxy_socket.balancer.succeeded(news.address)
-        else:
-            proxy_socket.balancer.failed(news.address)
-        for worker in self.workers:
-            if worker is not source:
-                worker.send(news)
 
     def offer_again(self, worker: Worker, number: int) -> None:
         logger.error("worker %d has no descriptor left for another service port; trying again", worker.index)

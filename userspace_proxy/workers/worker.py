@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,14 +23,13 @@ import msgspec
 import uvloop
 
 from userspace_proxy import logs
-from userspace_proxy.loadbalancer import LoadBalancer
-from userspace_proxy.metrics import Metrics, Outcome, ServicePortMetrics
-from userspace_proxy.model import Address, Endpoint, Protocol, ProxyProtocol
+from userspace_proxy.metrics import Metrics, Outcome
+from userspace_proxy.model import Protocol, ProxyProtocol
 from userspace_proxy.sockets.base import AF, ProxySocket
 from userspace_proxy.sockets.path import DataPath
 from userspace_proxy.sockets.tcp import TCPSocket
 from userspace_proxy.workers.channel import Channel
-from userspace_proxy.workers.counting import Tally
+from userspace_proxy.workers.copies import Copy
 from userspace_proxy.workers.messages import (
     Admit,
     AskCounts,
@@ -59,53 +56,14 @@ REPORT = 5.0
 """Seconds between reports nobody asked for: what is not reported is not counted when this process dies."""
 
 
-class InOrder:
-    """Leaves endpoints in the order the control process gave them; chance otherwise."""
-
-    def __init__(self) -> None:
-        self.random = random.Random().random
-
-    def shuffle(self, x: list[Address], /) -> None:
-        pass
-
-
-class SharedBalancer(LoadBalancer):
-    """Tells what it learns of endpoints, and is told what others have learnt."""
-
-    __slots__ = ("_tell",)
-
-    def __init__(self, metrics: ServicePortMetrics, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
-        super().__init__(time.monotonic, InOrder(), metrics, max_ejection=max_ejection)
-        self._tell = tell
-
-    def failed(self, address: Address) -> bool:
-        news = super().failed(address)
-        if news:
-            self._tell(address, False)
-        return news
-
-    def succeeded(self, address: Address) -> bool:
-        news = super().succeeded(address)
-        if news:
-            self._tell(address, True)
-        return news
-
-    def hear(self, address: Address, worked: bool) -> None:
-        if worked:
-            super().succeeded(address)
-        else:
-            super().failed(address)
-
-
 class ServedHere:
-    """A service port in one family, in this worker."""
+    """A proxy socket, in this worker."""
 
-    def __init__(self, opening: Open, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
+    def __init__(self, opening: Open, copy: Copy) -> None:
         self.key = opening.key
         self.protocol = opening.protocol
-        self.metrics = ServicePortMetrics()
-        self.balancer = SharedBalancer(self.metrics, max_ejection, tell)
-        self.tally = Tally(opening.id, self.metrics)
+        self.account = opening.account
+        self.copy = copy
         self.portals: Admit | None = None
         self.proxy_protocol = ProxyProtocol()
         self.socket: ProxySocket | None = None
@@ -124,6 +82,10 @@ class Worker:
         self._path = DataPath(start.settings, self._metrics)
         self._max_ejection = start.max_ejection
         self._served: dict[int, ServedHere] = {}
+        self._copies: dict[int, Copy] = {}
+        """By account."""
+        self._leaving: set[int] = set()
+        """Accounts whose last socket is closed; some have sessions still."""
         self._sockets_held = 0
         self._pauses_told = 0
         self._steps: dict[type, Callable[[Any], None]] = {
@@ -158,19 +120,16 @@ class Worker:
 
     # -- service ports
 
-    def _open(self, opening: Open) -> None:
-        def tell(address: Address, worked: bool) -> None:
-            self._channel.send(Dialled(opening.id, address, worked))
-
-        self._served[opening.id] = ServedHere(opening, self._max_ejection, tell)
-
     def _balance(self, order: Balance) -> None:
-        balancer = self._served[order.id].balancer
-        balancer.configure(order.affinity, order.affinity_timeout)
-        balancer.update([Endpoint(ip, port) for ip, port in order.endpoints])
-        for address in order.ejected:
-            if address not in balancer.ejected:
-                balancer.hear(address, False)
+        copy = self._copies.get(order.account)
+        if copy is None:
+            copy = self._copies[order.account] = Copy(order.account, self._max_ejection, self._channel.send)
+        copy.balance(order)
+
+    def _open(self, opening: Open) -> None:
+        copy = self._copies[opening.account]
+        copy.sockets += 1
+        self._served[opening.id] = ServedHere(opening, copy)
 
     def _admit(self, admit: Admit) -> None:
         served = self._served[admit.id]
@@ -195,7 +154,7 @@ class Worker:
         kind = socket.SOCK_STREAM if served.protocol is Protocol.TCP else socket.SOCK_DGRAM
         sock = socket.socket(AF[served.key.family], kind, 0, descriptor)
         adopt = self._path.tcp.adopt if served.protocol is Protocol.TCP else self._path.udp.adopt
-        served.socket = adopt(served.key, sock, served.balancer, served.metrics)
+        served.socket = adopt(served.key, sock, served.copy.balancer, served.copy.metrics)
         if served.portals is not None:
             served.socket.admit(served.portals.portals)
         served.socket.speak(served.proxy_protocol)
@@ -219,7 +178,11 @@ class Worker:
         self._let_go(self._served[refuse.id])
 
     def _close(self, close: Close) -> None:
-        self._let_go(self._served.pop(close.id))
+        served = self._served.pop(close.id)
+        self._let_go(served)
+        served.copy.sockets -= 1
+        if not served.copy.sockets:
+            self._leaving.add(served.account)
 
     def _let_go(self, served: ServedHere) -> None:
         if served.socket is not None:
@@ -231,9 +194,9 @@ class Worker:
         self._path.fit(self._sockets_held)
 
     def _hear(self, news: Dialled) -> None:
-        served = self._served.get(news.id)
-        if served is not None:
-            served.balancer.hear(news.address, news.worked)
+        copy = self._copies.get(news.account)
+        if copy is not None:
+            copy.balancer.hear(news.address, news.worked)
 
     # -- sessions
 
@@ -255,11 +218,16 @@ class Worker:
     def _report(self, number: int) -> None:
         pauses, self._pauses_told = self._metrics.accept_pauses - self._pauses_told, self._metrics.accept_pauses
         self._path.tcp.count()
-        growth = (served.tally.growth() for served in self._served.values())
+        growth = [copy.tally.growth() for copy in self._copies.values()]
+        over = tuple(account for account in self._leaving if not self._copies[account].has_sessions)
+        self._leaving.difference_update(over)
+        for account in over:
+            del self._copies[account]
         self._channel.send(
             Report(
                 number=number,
                 counts=tuple(counts for counts in growth if counts is not None),
+                over=over,
                 active={protocol: sockets.active for protocol, sockets in self._path.sockets.items()},
                 accept_pauses=pauses,
                 descriptors_in_use=self._path.descriptors.used,
