@@ -103,6 +103,23 @@ def test_a_probe_that_is_never_heard_of_is_followed_by_another() -> None:
     assert not found.passes_over(ONE)
 
 
+def test_a_probe_that_another_sends_is_waited_for_like_ones_own() -> None:
+    found, clock = ejections()
+    found.probed(ONE)
+    assert not found.out
+    found.failed(ONE, ALL)
+    clock.now += FIRST / 2
+    found.probed(ONE)
+    clock.now += PROBE - 0.1
+    assert found.passes_over(ONE)
+    assert found.failed(ONE, ALL), "which is what became of the probe"
+    clock.now += 2 * FIRST - 0.1
+    assert found.passes_over(ONE)
+    found.probed(ONE)
+    clock.now += PROBE
+    assert not found.passes_over(ONE), "it was never heard of"
+
+
 def test_the_last_one_stays_whatever_happens() -> None:
     found, _ = ejections()
     assert [found.failed(address, ALL) for address in (ONE, TWO, THREE)] == [True, True, False]

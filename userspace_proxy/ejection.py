@@ -84,12 +84,17 @@ class Ejections:
         ejection = self.out.get(address)
         if ejection is None:
             return False
-        now = self._clock()
-        if now < ejection.until:
+        if self._clock() < ejection.until:
             return True
-        ejection.probing = True
-        ejection.until = now + PROBE
+        self.probed(address)
         return False
+
+    def probed(self, address: Address) -> None:
+        """A probe is on its way, whoever has sent it: another one is not needed before it is given up."""
+        ejection = self.out.get(address)
+        if ejection is not None:
+            ejection.probing = True
+            ejection.until = self._clock() + PROBE
 
     def keep(self, endpoints: Collection[Address]) -> None:
         """Only these endpoints exist now. If all of them are out, the one ejected first comes back."""

@@ -158,11 +158,18 @@ class LoadBalancer:
             index = turn % count
             if endpoints[index] in tried:
                 continue
-            if not self._ejections.passes_over(endpoints[index]):
+            if not self._passes_over(endpoints[index]):
                 return index
             if untried is None:
                 untried = index
         return self._index if untried is None else untried
+
+    def _passes_over(self, address: Address) -> bool:
+        return self._ejections.passes_over(address)
+
+    def probed(self, address: Address) -> None:
+        """Somebody who picks by a copy sends a client to this ejected endpoint, to find out."""
+        self._ejections.probed(address)
 
     def failed(self, address: Address) -> bool:
         """A dial to this endpoint failed: it may be ejected. Whether that is news."""

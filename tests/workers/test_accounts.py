@@ -11,7 +11,7 @@ from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.model import Endpoint, SessionAffinity
 from userspace_proxy.workers.accounts import Account, Accounts
 from userspace_proxy.workers.counting import Tally
-from userspace_proxy.workers.messages import Balance, Counts, Dialled
+from userspace_proxy.workers.messages import Balance, Counts, Dialled, Probing
 
 ONE, TWO, THREE = (("127.0.0.1", number) for number in (1, 2, 3))
 
@@ -22,10 +22,10 @@ class Worker:
     def __init__(self, index: int) -> None:
         self.index = index
         self.is_up = True
-        self.told: list[Balance | Dialled] = []
+        self.told: list[Balance | Dialled | Probing] = []
         self.metrics = ServicePortMetrics()
 
-    def send(self, message: Balance | Dialled) -> None:
+    def send(self, message: Balance | Dialled | Probing) -> None:
         if self.is_up:
             self.told.append(message)
 
@@ -138,6 +138,8 @@ def test_news_of_endpoints_go_to_all_others() -> None:
         bench.accounts.spread(first, news)
         assert second.told[-1] == news
         assert set(bench.balancer.ejected) == (set() if news.worked else {ONE})
+    bench.accounts.spread(first, Probing(account.id, ONE))
+    assert second.told[-1] == Probing(account.id, ONE)
     assert len(first.told) == 1
     bench.accounts.spread(first, Dialled(99, ONE, worked=False))  # of one that is over
     assert not bench.balancer.ejected

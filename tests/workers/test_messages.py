@@ -24,6 +24,7 @@ from userspace_proxy.workers.messages import (
     Dialled,
     EndAll,
     Open,
+    Probing,
     Report,
     Sessions,
     Start,
@@ -53,6 +54,7 @@ def test_to_a_worker() -> None:
         EndAll(Protocol.TCP, Outcome.DRAIN_TIMEOUT),
         AskCounts(7),
         Dialled(1, ("127.0.0.1", 80), False),
+        Probing(1, ("::1", 80)),
     ]
     for message in messages:
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToWorker) == message

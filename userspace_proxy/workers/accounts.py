@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import Outcome, ServicePortMetrics
 from userspace_proxy.workers import counting
-from userspace_proxy.workers.messages import Balance, Counts, Dialled
+from userspace_proxy.workers.messages import Balance, Counts, Dialled, Probing
 
 
 class Peer(typing.Protocol):
@@ -27,7 +27,7 @@ class Peer(typing.Protocol):
     @property
     def is_up(self) -> bool: ...
 
-    def send(self, message: Balance | Dialled) -> None: ...
+    def send(self, message: Balance | Dialled | Probing) -> None: ...
 
 
 class Account:
@@ -78,11 +78,14 @@ class Account:
         counting.add(counts, self.metrics)
         self._active[worker.index] += counts.active
 
-    def spread(self, source: Peer, news: Dialled) -> None:
-        if news.worked:
-            self.balancer.succeeded(news.address)
-        else:
-            self.balancer.failed(news.address)
+    def spread(self, source: Peer, news: Dialled | Probing) -> None:
+        match news:
+            case Probing(address=address):
+                self.balancer.probed(address)
+            case Dialled(address=address, worked=True):
+                self.balancer.succeeded(address)
+            case Dialled(address=address):
+                self.balancer.failed(address)
         for worker in self._workers:
             if worker is not source:
                 worker.send(news)
@@ -146,7 +149,7 @@ class Accounts:
             account.take_back(worker)
             self._drop_if_over(account)
 
-    def spread(self, source: Peer, news: Dialled) -> None:
+    def spread(self, source: Peer, news: Dialled | Probing) -> None:
         """What a worker has found out about an endpoint is told the others."""
         account = self._by_id.get(news.account)
         if account is not None:

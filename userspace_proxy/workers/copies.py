@@ -14,7 +14,7 @@ from userspace_proxy.loadbalancer import LoadBalancer
 from userspace_proxy.metrics import ServicePortMetrics
 from userspace_proxy.model import Address, Endpoint
 from userspace_proxy.workers.counting import Tally
-from userspace_proxy.workers.messages import Balance, Dialled
+from userspace_proxy.workers.messages import Balance, Dialled, Probing
 
 
 class InOrder:
@@ -30,40 +30,50 @@ class InOrder:
 class CopiedBalancer(LoadBalancer):
     """Tells what it learns of endpoints, and is told what others have learnt."""
 
-    __slots__ = ("_tell",)
+    __slots__ = ("_number", "_tell")
 
-    def __init__(self, metrics: ServicePortMetrics, max_ejection: float, tell: Callable[[Address, bool], None]) -> None:
+    def __init__(
+        self, account: int, metrics: ServicePortMetrics, max_ejection: float, tell: Callable[[Dialled | Probing], None]
+    ) -> None:
         super().__init__(time.monotonic, InOrder(), metrics, max_ejection=max_ejection)
+        self._number = account
         self._tell = tell
 
     def failed(self, address: Address) -> bool:
         news = super().failed(address)
         if news:
-            self._tell(address, False)
+            self._tell(Dialled(self._number, address, worked=False))
         return news
 
     def succeeded(self, address: Address) -> bool:
         news = super().succeeded(address)
         if news:
-            self._tell(address, True)
+            self._tell(Dialled(self._number, address, worked=True))
         return news
 
-    def hear(self, address: Address, worked: bool) -> None:
-        if worked:
-            super().succeeded(address)
-        else:
-            super().failed(address)
+    def _passes_over(self, address: Address) -> bool:
+        out = super()._passes_over(address)
+        if not out and address in self.ejected:
+            self._tell(Probing(self._number, address))
+        return out
+
+    def hear(self, news: Dialled | Probing) -> None:
+        match news:
+            case Probing(address=address):
+                self.probed(address)
+            case Dialled(address=address, worked=True):
+                super().succeeded(address)
+            case Dialled(address=address):
+                super().failed(address)
 
 
 class Copy:
     """`sockets`: how many share it that are open."""
 
-    def __init__(self, account: int, max_ejection: float, tell: Callable[[Dialled], None]) -> None:
+    def __init__(self, account: int, max_ejection: float, tell: Callable[[Dialled | Probing], None]) -> None:
         self.sockets = 0
         self.metrics = ServicePortMetrics()
-        self.balancer = CopiedBalancer(
-            self.metrics, max_ejection, lambda address, worked: tell(Dialled(account, address, worked))
-        )
+        self.balancer = CopiedBalancer(account, self.metrics, max_ejection, tell)
         self.tally = Tally(account, self.metrics)
 
     @property
@@ -75,4 +85,4 @@ class Copy:
         self.balancer.update([Endpoint(ip, port) for ip, port in order.endpoints])
         for address in order.ejected:
             if address not in self.balancer.ejected:
-                self.balancer.hear(address, False)
+                self.balancer.hear(Dialled(order.account, address, worked=False))

@@ -105,6 +105,13 @@ class Dialled(msgspec.Struct, tag=True, frozen=True):
     worked: bool
 
 
+class Probing(msgspec.Struct, tag=True, frozen=True):
+    """Both ways: a client is sent to this ejected endpoint, so that nobody else need be."""
+
+    account: int
+    address: Address
+
+
 class Counts(msgspec.Struct, frozen=True, array_like=True):
     """How much the counts of an account have grown since they were last told."""
 
@@ -155,6 +162,19 @@ class Missed(msgspec.Struct, tag=True, frozen=True):
 
 
 ToWorker = (
-    Open | Balance | Admit | Speak | Serve | Take | Refuse | Close | Drain | EndAll | AskCounts | AskSessions | Dialled
+    Open
+    | Balance
+    | Admit
+    | Speak
+    | Serve
+    | Take
+    | Refuse
+    | Close
+    | Drain
+    | EndAll
+    | AskCounts
+    | AskSessions
+    | Dialled
+    | Probing
 )
-ToControl = Report | Sessions | Idle | Dialled | Missed
+ToControl = Report | Sessions | Idle | Dialled | Probing | Missed

@@ -39,6 +39,7 @@ from userspace_proxy.workers.messages import (
     Idle,
     Missed,
     Open,
+    Probing,
     Refuse,
     Report,
     Serve,
@@ -258,7 +259,7 @@ class Worker:
                 self._answer(message.number, message)
             case Sessions():
                 self._answer(message.number, message)
-            case Dialled():
+            case Dialled() | Probing():
                 self._pool.accounts.spread(self, message)
             case Idle(protocol):
                 self.busy.discard(protocol)

@@ -42,6 +42,7 @@ from userspace_proxy.workers.messages import (
     Idle,
     Missed,
     Open,
+    Probing,
     Refuse,
     Report,
     Serve,
@@ -100,6 +101,7 @@ class Worker:
             AskCounts: lambda ask: self._report(ask.number),
             AskSessions: self._tell_sessions,
             Dialled: self._hear,
+            Probing: self._hear,
         }
         self._report_by_itself()
 
@@ -193,10 +195,10 @@ class Worker:
         self._sockets_held += more
         self._path.fit(self._sockets_held)
 
-    def _hear(self, news: Dialled) -> None:
+    def _hear(self, news: Dialled | Probing) -> None:
         copy = self._copies.get(news.account)
         if copy is not None:
-            copy.balancer.hear(news.address, news.worked)
+            copy.balancer.hear(news)
 
     # -- sessions
 
