@@ -31,6 +31,7 @@ from userspace_proxy.model import (
 from userspace_proxy.sockets import listening
 from userspace_proxy.sockets.base import bind
 from userspace_proxy.sockets.path import RelaySettings
+from userspace_proxy.workers import worker as worker_module
 from userspace_proxy.workers.channel import Channel
 from userspace_proxy.workers.messages import (
     Admit,
@@ -245,6 +246,25 @@ def test_sockets_of_an_account_count_together_and_it_is_let_go_after_the_last_se
     told = [counts for m in control.told if isinstance(m, Report) for counts in m.counts]
     assert (sum(c.active for c in told), sum(c.to_client for c in told)) == (0, 2)
     assert [m.over for m in control.told if isinstance(m, Report) and m.over] == [(7,)], "told once"
+
+
+def test_clients_whose_affinity_has_expired_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "REPORT", 0.001)
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        made = worker_module.Worker(theirs, START)
+        made._balance(Balance(7, (("127.0.0.1", 9),), (), SessionAffinity.CLIENT_IP, 0.0))
+        balancer = made._copies[7].balancer
+        balancer.pick("192.0.2.1")
+        assert balancer.clients == 1
+        for _ in range(1000):
+            await asyncio.sleep(0.01 if balancer.clients else 0)
+        assert balancer.clients == 0
+        await made.end()
+        ours.close()
+
+    asyncio.run(main())
 
 
 def test_draining_is_told_when_it_is_done(control: Control, endpoint: Servers) -> None:

@@ -103,7 +103,7 @@ class Worker:
             Dialled: self._hear,
             Probing: self._hear,
         }
-        self._report_by_itself()
+        self._keep_house()
 
     def _on_message(self, message: ToWorker, descriptor: int | None) -> None:
         match message, descriptor:
@@ -213,9 +213,11 @@ class Worker:
 
     # -- what is told
 
-    def _report_by_itself(self) -> None:
+    def _keep_house(self) -> None:
         self._report(0)
-        asyncio.get_running_loop().call_later(REPORT, self._report_by_itself)
+        for copy in self._copies.values():
+            copy.balancer.purge()
+        asyncio.get_running_loop().call_later(REPORT, self._keep_house)
 
     def _report(self, number: int) -> None:
         pauses, self._pauses_told = self._metrics.accept_pauses - self._pauses_told, self._metrics.accept_pauses
