@@ -89,10 +89,14 @@ class Program:
                 raise BenchError(f"{self._said()}\n{shlex.join(self.command)}: not {what} within {PATIENCE:g} s")
             time.sleep(0.01)
 
+    def pids(self) -> Iterator[int]:
+        """All its processes, itself first."""
+        return _family(self.pid)
+
     def cpu(self) -> CPU:
         """What all its processes and their threads have used so far, those that have ended included."""
         user = system = 0
-        for pid in self._family(self.pid):
+        for pid in self.pids():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended: its parent has its time
                 # After the name, which may hold anything, in brackets: state is field 3; 14 to 17 are its own
                 # time, user and system, and that of the children it has waited for.
@@ -104,7 +108,7 @@ class Program:
     def memory(self) -> tuple[int, int]:
         """Resident bytes of all its processes: everything, and what is neither shared nor in a file."""
         resident = own = 0
-        for pid in self._family(self.pid):
+        for pid in self.pids():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
                 sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -116,20 +120,21 @@ class Program:
         """Whether it is this program that listens at a port."""
         # While others come and go by the thousand, the kernel's list of sockets can pass over one: so more than once.
         for _ in range(10):
-            if any(_listeners(protocol, port) & set(_descriptors(pid)) for pid in self._family(self.pid)):
+            if any(_listeners(protocol, port) & set(_descriptors(pid)) for pid in self.pids()):
                 return True
             time.sleep(0.1)
         return False
 
-    def _family(self, pid: int) -> Iterator[int]:
-        yield pid
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
-                for child in (thread / "children").read_text().split():
-                    yield from self._family(int(child))
-
     def _said(self) -> str:
         return self._output.read_text(errors="replace")[-2000:].rstrip()
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                yield from _family(int(child))
 
 
 def _listeners(protocol: str, port: int) -> set[str]:

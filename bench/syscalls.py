@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 from bench import namespace, plan
 from bench.peers import Peer, Way
-from bench.programs import BenchError, output
+from bench.programs import BenchError, Program, output
 from bench.results import OURS
 from bench.services import endpoints, services
 
@@ -62,19 +62,23 @@ def _count(peer: Peer, options: argparse.Namespace) -> dict[str, Counts]:
         program = running.program("http")
         if program is None:
             raise BenchError(f"{peer.name} is no program that makes system calls")
+        running.account()  # workers that still start answer later: what that takes is on no bill
         ip, port = running.address("http")
         load = ["-q", "-n", str(options.number), "-c", str(options.concurrent), f"http://{ip}:{port}/"]
         return {
-            "connection": _traced(program.pid, ["ab", *load], its, options.number),
-            "request": _traced(program.pid, ["ab", "-k", *load], its, options.number),
+            "connection": _traced(program, ["ab", *load], its, options.number),
+            "request": _traced(program, ["ab", "-k", *load], its, options.number),
         }
 
 
-def _traced(pid: int, command: Sequence[str], folder: pathlib.Path, number: int) -> Counts:
+def _traced(program: Program, command: Sequence[str], folder: pathlib.Path, number: int) -> Counts:
     summary = folder / "strace"
-    strace = subprocess.Popen(["strace", "-f", "-c", "-p", str(pid), "-o", str(summary)], stderr=subprocess.PIPE)
+    # Following forks finds the children to come, not those that are there.
+    attached = [word for pid in program.pids() for word in ("-p", str(pid))]
+    strace = subprocess.Popen(["strace", "-f", "-c", *attached, "-o", str(summary)], stderr=subprocess.PIPE)
     assert strace.stderr
-    strace.stderr.readline()  # it is attached
+    for _ in attached[::2]:
+        strace.stderr.readline()  # that it is attached
     printed = output(command, 120)
     if not re.search(rf"^Complete requests:\s+{number}\nFailed requests:\s+0$", printed, re.MULTILINE):
         raise BenchError(f"{' '.join(command)}: not all were answered\n{printed}")
