@@ -24,6 +24,8 @@ from bench.results import OURS
 from bench.services import versions
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+ENOUGH = 5
+"""Rounds of which medians say something."""
 PROGRAMS = {
     program: package
     for package, programs in {
@@ -72,8 +74,9 @@ def _measure(options: argparse.Namespace, place: Sequence[str]) -> int:
         stages, sizes = [stage for stage in stages if stage.way is Way.STRAIGHT], []
     peers = {name: makers[name]() for name in dict.fromkeys(name for stage in stages for name in stage.peers)}
     about = _about(options, peers, started)
+    folder = options.save or RESULTS / _folder(started, options.rounds, stages, sizes, list(makers))
     estimate = options.rounds * (sum(_duration(s, options.seconds) for s in stages) + sum(map(control.duration, sizes)))
-    print(f"{options.rounds} rounds, some {estimate / 60:.0f} minutes", flush=True)
+    print(f"{options.rounds} rounds, some {estimate / 60:.0f} minutes, to be saved in {folder}", flush=True)
     begin = time.monotonic()
     runs: list[Run] = []
     problems: list[str] = []
@@ -85,11 +88,22 @@ def _measure(options: argparse.Namespace, place: Sequence[str]) -> int:
                 problems.append(f"round {number}, and nothing of this stage of it: {error}")
                 print(f"not counted: {problems[-1]}", file=sys.stderr, flush=True)
     problems += [f"round {run.round}, {run.peer}, {run.load}: {run.problem}" for run in runs if run.problem]
-    folder = options.save / started.strftime("%Y-%m-%d")
     about |= {"minutes": round((time.monotonic() - begin) / 60, 1), "not counted": problems}
     text = report.save(folder, runs, about)
     print(f"\n{text}\n\nsaved in {folder}; {len(problems)} problems")
     return len(problems)
+
+
+def _folder(
+    started: datetime.datetime, rounds: int, stages: Sequence[plan.Stage], sizes: Sequence[int], peers: Sequence[str]
+) -> str:
+    """Named for the day; results of a part of what there is do not take the place of all of them."""
+    is_whole = stages == plan.stages(_groups(), peers) and set(sizes) >= set(control.SIZES) and rounds >= ENOUGH
+    return started.strftime("%Y-%m-%d" if is_whole else "%Y-%m-%d-partial")
+
+
+def _groups() -> list[str]:
+    return [*(group.name for group in plan.GROUPS), control.GROUP]
 
 
 def _round(
@@ -126,9 +140,9 @@ def _duration(stage: plan.Stage, seconds: float) -> float:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure this proxy beside its peers.")
-    groups = [*(group.name for group in plan.GROUPS), control.GROUP]
+    groups = _groups()
     number = _number(int, 1, 100)
-    parser.add_argument("--rounds", type=number, default=5, help="how often each is measured (default 5)")
+    parser.add_argument("--rounds", type=number, default=ENOUGH, help=f"how often each is measured (default {ENOUGH})")
     parser.add_argument(
         "--seconds",
         type=_number(int, 1, 60),
@@ -146,7 +160,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"how many there are, for control (default {' '.join(map(str, control.SIZES))})",
     )
     parser.add_argument(
-        "--save", type=pathlib.Path, default=RESULTS, help="results go to a folder in here named for the day"
+        "--save",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="where results go (default: a folder in bench/results named for the day, and with -partial behind that "
+        "for less than all peers, groups and sizes, or fewer rounds)",
     )
     parser.add_argument(namespace.INSIDE, dest="inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -24,6 +24,8 @@ if typing.TYPE_CHECKING:
     from bench.measure import Run
 
 Rows = Sequence[Sequence[str]]
+FILES = ("table.md", "results.json", "index.html", "costs.png", "growth.png", "ways.png")
+"""All that is ever saved."""
 EXPLAINED = (
     "Each cell: median of the rounds (lowest..highest). Ratios are those of the medians (lowest..highest of single "
     "rounds). CPU is the proxy's alone, user and system."
@@ -39,8 +41,10 @@ class Section:
 
 
 def save(folder: pathlib.Path, runs: Sequence[Run], about: Mapping[str, typing.Any]) -> str:
-    """Write all files into the folder; returns what there is to print."""
+    """Write all files into the folder, in place of any that are left of another run; returns what there is to print."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
     results = Results(runs)
     document = {**about, "targets": _verdicts(results), "runs": [dataclasses.asdict(run) for run in runs]}
     (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
