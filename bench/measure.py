@@ -28,6 +28,8 @@ from bench.services import Service, endpoints, services
 
 SETTLE = 0.2
 """Seconds for a proxy to see off the last connections, which belong to the run as the first do."""
+START = "its start"
+"""The load of a peer that does not get as far as loads."""
 OVERHEAD = 1.05
 UNDER_WAY = 1100
 """More than the client counted, by so much, may have gone through: what was under way at the end of its time."""
@@ -52,7 +54,8 @@ class Run:
 
 
 def relay(number: int, stage: Stage, peers: Sequence[Peer], seconds: float) -> Iterator[Run]:
-    """A stage of a round. `peers` are its own, in the order in which they take turns.
+    """A stage of a round. `peers` are its own, in the order in which they take turns; those that cannot be started
+    are left out.
 
     Raises BenchError if none of its runs are to be believed.
     """
@@ -63,7 +66,11 @@ def relay(number: int, stage: Stage, peers: Sequence[Peer], seconds: float) -> I
         stack.enter_context(endpoints(_folder(stack)))
         with contextlib.ExitStack() as started:
             for peer in peers:
-                proxies[peer.name] = started.enter_context(peer.start(offered[peer.name], stage.way, _folder(started)))
+                beginning = peer.start(offered[peer.name], stage.way, _folder(started))
+                try:
+                    proxies[peer.name] = started.enter_context(beginning)
+                except BenchError as error:
+                    yield Run(number, stage.group.name, stage.way, peer.name, START, {}, [], problem=str(error))
             for load in stage.group.loads:
                 for name, proxy in proxies.items():
                     try:

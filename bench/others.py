@@ -11,16 +11,21 @@ import contextlib
 import csv
 import os
 import pathlib
+import re
 import shlex
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 
 from bench.peers import Account, Running, Way, entrance, redirect
-from bench.programs import Address, Program, is_answering, is_listening, version
+from bench.programs import Address, BenchError, Program, is_answering, is_listening, version
 from bench.services import Service
 
 COMMAND_PREFIX = "BENCH_PEER_"
-"""Environment variables of this beginning are peers: a command with {ip}, {port}, {endpoint_ip}, {endpoint_port}."""
+"""Environment variables of this beginning are peers: commands in which `FILLED` are replaced, in braces."""
+FILLED = ("ip", "port", "endpoint_ip", "endpoint_port")
+_BRACES = re.compile(r"(?<!\$)\{(\w+)\}")
+"""Not a shell's ${variable}, and not the braces of other languages."""
 
 
 class Ports:
@@ -176,14 +181,20 @@ class Command:
     """Any command that listens on a port and relays to one endpoint; one for each TCP service that has one."""
 
     def __init__(self, name: str, command: str, place: Sequence[str], first_port: int) -> None:
+        """Raises BenchError for what is no command."""
         self.name = name
-        self._command = command
+        self._command = _split(name, command)
         self._place = place
         self._first_port = first_port
 
     def version(self) -> str:
-        name = shlex.split(self._command)[0]
-        return next((told for flag in ("-V", "--version") if any(map(str.isdigit, told := version(name, flag)))), name)
+        program = self._command[0]
+        for flag in ("-V", "--version"):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                told = version(program, flag)
+                if any(map(str.isdigit, told)):
+                    return told
+        return program
 
     @contextlib.contextmanager
     def start(self, services: Mapping[str, Service], way: Way, folder: pathlib.Path) -> Iterator[Running]:
@@ -199,9 +210,22 @@ class Command:
             yield _RunningCommand(programs, ports)
 
     def _words(self, service: Service, port: int) -> list[str]:
-        ip, endpoint_port = service.endpoints[0]
-        text = self._command.format(ip="127.0.0.1", port=port, endpoint_ip=ip, endpoint_port=endpoint_port)
-        return [*self._place, *shlex.split(text)]
+        values = dict(zip(FILLED, ("127.0.0.1", port, *service.endpoints[0]), strict=True))
+        return [*self._place, *(_BRACES.sub(lambda found: str(values[found[1]]), word) for word in self._command)]
+
+
+def _split(name: str, command: str) -> list[str]:
+    allowed = ", ".join(f"{{{each}}}" for each in FILLED)
+    unknown = sorted({found[0] for found in _BRACES.finditer(command) if found[1] not in FILLED})
+    if unknown:
+        raise BenchError(f"{name}: {', '.join(unknown)} in its command is not known; what is replaced is {allowed}")
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise BenchError(f"{name}: its command cannot be split into words: {error}") from None
+    if not words:
+        raise BenchError(f"{name}: its command is empty; give one that listens on a port, with {allowed}")
+    return words
 
 
 class _RunningCommand:

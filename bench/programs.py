@@ -53,12 +53,16 @@ class Program:
     """A program in the foreground, for a `with`. Its output goes to a file in `folder`."""
 
     def __init__(self, command: Sequence[str], folder: pathlib.Path) -> None:
+        """Raises BenchError if there is none."""
         self.command = tuple(command)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".log", delete=False) as output:
             self._output = pathlib.Path(output.name)
-            self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            try:
+                self._process = subprocess.Popen(
+                    self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                )
+            except OSError as error:
+                raise BenchError(f"{shlex.join(command)}: cannot be started: {error.strerror}") from error
         self.pid = self._process.pid
 
     def __enter__(self) -> typing.Self:
@@ -84,9 +88,9 @@ class Program:
         deadline = time.monotonic() + PATIENCE
         while not is_ready():
             if self._process.poll() is not None:
-                raise BenchError(f"{self._said()}\n{shlex.join(self.command)}: ended, {self._process.returncode}")
+                raise BenchError(f"{self._said()}{shlex.join(self.command)}: ended, {self._process.returncode}")
             if time.monotonic() > deadline:
-                raise BenchError(f"{self._said()}\n{shlex.join(self.command)}: not {what} within {PATIENCE:g} s")
+                raise BenchError(f"{self._said()}{shlex.join(self.command)}: not {what} within {PATIENCE:g} s")
             time.sleep(0.01)
 
     def pids(self) -> Iterator[int]:
@@ -126,7 +130,8 @@ class Program:
         return False
 
     def _said(self) -> str:
-        return self._output.read_text(errors="replace")[-2000:].rstrip()
+        said = self._output.read_text(errors="replace")[-2000:].rstrip()
+        return f"{said}\n" if said else ""
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -190,7 +195,15 @@ def is_answering(address: Address) -> bool:
 
 def version(*command: str) -> str:
     """The line of a program's output that says which it is."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=10)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=10,
+    )
     lines = [line for line in done.stdout.splitlines() if any(character.isdigit() for character in line)]
     told = next((line for line in lines if "version" in line.lower()), lines[0] if lines else "version unknown")
     return told.split(" Copyright")[0].strip()

@@ -153,7 +153,7 @@ def _lines(path: str) -> list[str]:
 
 def _about(about: Mapping[str, typing.Any]) -> list[str]:
     lines = [f"{what}: {value}" for what, value in (about["machine"] | about["versions"]).items()]
-    return [*lines, *(f"not counted: {problem}" for problem in about["not counted"])]
+    return [*lines, *(f"not counted: {'; '.join(problem.splitlines())}" for problem in about["not counted"])]
 
 
 def _begun(about: Mapping[str, typing.Any]) -> str:
