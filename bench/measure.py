@@ -17,7 +17,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench import namespace
 from bench.loads.base import Load, Subject, Work
@@ -51,6 +51,8 @@ class Run:
     account: Account | None = None
     problem: str = ""
     """Why it does not count; there are no figures then."""
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Single ones, of which there are too few in a round to say much: those of all rounds are put together."""
 
 
 def relay(number: int, stage: Stage, peers: Sequence[Peer], seconds: float) -> Iterator[Run]:

@@ -102,7 +102,7 @@ GROWTHS: Sequence[Growth] = (
     ),
     _control("s from start to the last one reachable", "s to the last one"),
     _control("p99 ms to an endpoint change", "p99 ms to an endpoint change"),
-    _control("p99 ms to a service change", "p99 ms to a service change"),
+    _control("slowest ms to a service change", "slowest ms to a service change"),
     _control("CPU ms/service change", "CPU ms/service change"),
     _control("RSS MB (the proxy and its rule writers)", "RSS MB"),
     _control("p99 ms of requests while 100 changes/s arrive", "p99 ms busy"),

@@ -27,8 +27,9 @@ Rows = Sequence[Sequence[str]]
 FILES = ("table.md", "results.json", "index.html", "costs.png", "growth.png", "ways.png")
 """All that is ever saved."""
 EXPLAINED = (
-    "Each cell: median of the rounds (lowest..highest). Ratios are those of the medians (lowest..highest of single "
-    "rounds). CPU is the proxy's alone, user and system."
+    "Each cell: median of the rounds (lowest..highest); for times to a change, the quantile of all rounds' changes "
+    "instead of a median. Ratios are those of the medians (lowest..highest of single rounds). CPU is the proxy's "
+    "alone, user and system."
 )
 
 

@@ -6,6 +6,7 @@ same runs; another target is another line in `TARGETS`. How it is told is in `re
 
 from __future__ import annotations
 
+import math
 import statistics
 import typing
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ if typing.TYPE_CHECKING:
 OURS = "userspace-proxy"
 STRAIGHT = "straight"
 CLUSTER = "cluster IP"
+QUANTILES = {"p50": 0.5, "p99": 0.99, "slowest": 1.0}
+"""What the names of figures that come of single samples begin with."""
 
 
 class Cell(typing.NamedTuple):
@@ -32,6 +35,7 @@ class Spread(typing.NamedTuple):
     """What comes of all rounds, and of the single one at least and at most."""
 
     median: float
+    """Of the rounds; of a figure that comes of samples, the figure of all rounds' samples together."""
     low: float
     high: float
 
@@ -46,23 +50,34 @@ class Results:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._values: dict[tuple[Cell, str], dict[int, float]] = {}
+        self._samples: dict[tuple[Cell, str], list[float]] = {}
         for run in runs:
             for figure, value in run.figures.items():
                 cell = Cell(run.group, run.load, figure, run.peer)
                 self._values.setdefault((cell, run.way), {})[run.round] = value
+            for what, samples in run.samples.items():
+                cell = Cell(run.group, run.load, what, run.peer)
+                self._samples.setdefault((cell, run.way), []).extend(samples)
 
     def spread(self, cell: Cell, way: str = STRAIGHT) -> Spread | None:
         values = self._values.get((cell, way), {}).values()
-        return Spread(statistics.median(values), min(values), max(values)) if values else None
+        return Spread(self._middle(cell, way), min(values), max(values)) if values else None
 
     def ratio(self, cell: Cell, to: Cell, way: str = STRAIGHT) -> Spread | None:
         """Of the medians: a burst of something else on the machine spoils single rounds, and their own ratios with
         them. The lowest and highest of those are the spread."""
         above, below = self._values.get((cell, way), {}), self._values.get((to, way), {})
         single = [above[number] / below[number] for number in above if below.get(number)]
-        if not single or not (divisor := statistics.median(below.values())):
+        if not single or not (divisor := self._middle(to, way)):
             return None
-        return Spread(statistics.median(above.values()) / divisor, min(single), max(single))
+        return Spread(self._middle(cell, way) / divisor, min(single), max(single))
+
+    def _middle(self, cell: Cell, way: str) -> float:
+        quantile_, _, what = cell.figure.partition(" ")
+        samples = self._samples.get((cell._replace(figure=what), way))
+        if samples and quantile_ in QUANTILES:
+            return quantile(samples, QUANTILES[quantile_])
+        return statistics.median(self._values[cell, way].values())
 
     def peers(self, group: str, way: str) -> list[str]:
         return list(dict.fromkeys(cell.peer for cell, its_way in self._values if (cell.group, its_way) == (group, way)))
@@ -134,9 +149,20 @@ TARGETS: Sequence[Target] = (
     _against("nginx", "UDP CPU per round trip", Cell("udp", "64 bytes, 16 flows", "CPU us/round trip"), at_most=0.9),
     _control("5,000 services, start to all reachable", "s to the last one", 5, "s"),
     _control("p99 to an endpoint change among them", "p99 ms to an endpoint change", 50, "ms"),
-    _control("p99 to a service change among them", "p99 ms to a service change", 100, "ms"),
+    _control("slowest of all service changes among them", "slowest ms to a service change", 100, "ms"),
     _control("p99 of requests while 100 changes/s arrive / in quiet", "p99 busy / quiet", 1.3),
 )
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The smallest of them that this part of them are not above."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
+
+
+def of_samples(what: str, samples: Sequence[float], *quantiles: str) -> dict[str, float]:
+    """Figures of one round's."""
+    return {f"{name} {what}": quantile(samples, QUANTILES[name]) for name in quantiles}
 
 
 def short(value: float) -> str:

@@ -119,10 +119,10 @@ def measure(count: int) -> None:
             costs: dict[str, list[float]] = {name: [] for name in peers}
             for _ in range(ROUNDS):
                 for name, (place, program) in peers.items():
-                    before = program.cpu() if program else CPU(0, 0)
+                    before = program.cpu() if program else CPU(0, 0, 0)
                     rates[name].append(exchange(place, size, count))
                     time.sleep(0.2)  # a child that has ended counts once its parent has waited for it
-                    spent = program.cpu() - before if program else CPU(0, 0)
+                    spent = program.cpu() - before if program else CPU(0, 0, 0)
                     costs[name].append(spent.total / count * 1e6)
             for name in peers:
                 cost = f"{statistics.median(costs[name]):17.1f}" if peers[name][1] else f"{'-':>17}"

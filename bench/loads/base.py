@@ -7,9 +7,7 @@ line in `plan`.
 
 from __future__ import annotations
 
-import math
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.programs import Program
@@ -47,9 +45,3 @@ class Load(typing.Protocol):
     """The figure of which more is better, and by which runs are told as they go."""
 
     def run(self, subject: Subject, seconds: float) -> Work: ...
-
-
-def quantile(values: Sequence[float], part: float) -> float:
-    """The smallest of them that this part of them are not above."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]

@@ -6,7 +6,7 @@ import pytest
 
 from bench.measure import Run
 from bench.report import sections
-from bench.results import CLUSTER, OURS, STRAIGHT, TARGETS, Cell, Results, Target, short
+from bench.results import CLUSTER, OURS, STRAIGHT, TARGETS, Cell, Results, Target, of_samples, short
 
 COST = "CPU us/request"
 CELL = Cell("keep-alive", "64 connections", COST)
@@ -36,6 +36,30 @@ def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_single_rounds():
 def test_a_round_that_only_one_of_them_has_is_in_no_ratio_of_rounds():
     results = Results([*rounds([10, 20], [10]), run(3, "haproxy", 5)])
     assert results.ratio(CELL, CELL._replace(peer="haproxy")) == (2.0, 1.0, 1.0)
+
+
+def test_a_quantile_is_that_of_all_rounds_samples_and_its_spread_that_of_single_rounds():
+    """Here a p99 of each round is its slowest, and only one of all the 200 is so slow."""
+    what = "ms to a change"
+    cell = CELL._replace(figure=f"p99 {what}")
+    samples = {number: [1.0] * 99 + [last] for number, last in ((1, 50.0), (2, 7.0))}
+    runs = [
+        Run(
+            number,
+            cell.group,
+            STRAIGHT,
+            OURS,
+            cell.load,
+            of_samples(what, of_it, "p99", "slowest"),
+            [],
+            samples={what: of_it},
+        )
+        for number, of_it in samples.items()
+    ]
+    assert Results(runs).spread(cell._replace(figure=f"slowest {what}")) == (50.0, 7.0, 50.0)
+    assert Results(runs).spread(cell) == (1.0, 1.0, 1.0)
+    runs[0].samples[what][:3] = [3.0] * 3
+    assert Results(runs).spread(cell) == (3.0, 1.0, 1.0)
 
 
 def test_there_is_no_ratio_to_nothing():
