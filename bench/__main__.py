@@ -72,6 +72,10 @@ def _measure(options: argparse.Namespace, place: Sequence[str]) -> int:
     if not namespace.may_have_rules():
         print("not root: rules cannot be made, so nobody comes by cluster IPs", flush=True)
         stages, sizes = [stage for stage in stages if stage.way is Way.STRAIGHT], []
+    if not report.can_draw():
+        print(
+            "no matplotlib: there will be no pictures; make bench installs it, pip install '.[bench]' too", flush=True
+        )
     peers = {name: makers[name]() for name in dict.fromkeys(name for stage in stages for name in stage.peers)}
     about = _about(options, peers, started)
     folder = options.save or RESULTS / _folder(started, options.rounds, stages, sizes, list(makers))

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import shlex
+import shutil
 import socket
 import struct
 import subprocess
@@ -213,3 +214,14 @@ def version(*command: str) -> str:
     lines = [line for line in done.stdout.splitlines() if any(character.isdigit() for character in line)]
     told = next((line for line in lines if "version" in line.lower()), lines[0] if lines else "version unknown")
     return told.split(" Copyright")[0].strip()
+
+
+def packaged(package: str) -> str:
+    """The version of a Debian package, for a program that does not say which it is."""
+    if shutil.which("dpkg-query"):
+        done = subprocess.run(
+            ["dpkg-query", "--show", "--showformat=${Version}", package], capture_output=True, text=True, check=False
+        )
+        if done.stdout:
+            return f"{package} {done.stdout}"
+    return "version unknown"

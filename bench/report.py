@@ -53,12 +53,16 @@ def save(folder: pathlib.Path, runs: Sequence[Run], about: Mapping[str, typing.A
     text = "\n".join(_markdown(found, about))
     (folder / "table.md").write_text(text)
     pictures: Sequence[pathlib.Path] = ()
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         from bench import pictures as drawing  # here, because nothing else needs matplotlib
 
         pictures = drawing.draw(folder, results)
     (folder / "index.html").write_text(_page(found, about, pictures))
     return "\n\n".join(f"{section.title}\n\n{_table(section.rows)}" for section in found)
+
+
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def one_line(run: Run) -> str:

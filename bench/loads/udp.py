@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from bench.loads.base import Subject, Work
-from bench.programs import BenchError, output, version
+from bench.programs import BenchError, output, packaged
 
 WINDOW = 64
 
@@ -94,4 +94,4 @@ def _printed(text: str, what: str) -> float:
 
 
 def versions() -> dict[str, str]:
-    return {"dnsperf": version("dnsperf", "-h")}
+    return {"dnsperf": packaged("dnsperf")}
