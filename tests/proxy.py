@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import random
 import socket
 import threading
@@ -20,6 +22,7 @@ from userspace_proxy.sockets.base import AF, ProxySocket, ProxySockets, Session
 from userspace_proxy.sockets.path import DataPath, RelaySettings
 from userspace_proxy.workers.messages import Start
 from userspace_proxy.workers.pool import Pool
+from userspace_proxy.workers.program import Program
 
 T = TypeVar("T")
 NAME = ServicePortName("default", "web", "http")
@@ -180,14 +183,57 @@ class ProxyThread:
             self.sockets.end_all(Outcome.DRAIN_TIMEOUT)
             await self.path.count()
             self.socket.close()
-            await self.path.close()
+            self.sockets.end_all(Outcome.DRAIN_TIMEOUT)  # of those who were in the queue
 
         if self.loop.is_closed():
             return
-        self.wait_for(end())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
-        self.loop.close()
+        try:
+            self.wait_for(end())
+            if self.workers > 1:
+                eventually(lambda: not self._kept(), lambda: f"descriptors are left: {self._kept()}")
+        finally:
+            self.wait_for(self.path.close())
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(10)
+            self.loop.close()
+
+    def _kept(self) -> list[str]:
+        """The workers that have more open than a new one, or think so."""
+        self.wait_for(self.path.count())
+        new = descriptors_of_a_new_worker()
+        kept = []
+        for worker in self.pool.workers:
+            opened = opened_by(worker.program.pid) if worker.program is not None else 0
+            if opened > new or (opened and worker.descriptors_in_use):
+                kept.append(
+                    f"worker {worker.index}: {opened}, {new} when it was new; {worker.descriptors_in_use} in use"
+                )
+        return kept
+
+
+def opened_by(pid: int) -> int:
+    """Descriptors of another process; none of one that has ended, or stands still and closes nothing."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return 0 if stat.read().rpartition(")")[2].split()[0] in "TZ" else len(os.listdir(f"/proc/{pid}/fd"))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+@functools.cache
+def descriptors_of_a_new_worker() -> int:
+
+    async def count() -> int:
+        is_up = asyncio.Event()
+        settings = RelaySettings(10, True, 1.0, 1.0, 1)
+        worker = Program(Start(0, settings, 0.0, 0, LoggingFormat.TEXT), lambda _: is_up.set())
+        await is_up.wait()
+        try:
+            return opened_by(worker.pid)
+        finally:
+            await worker.end()
+
+    return asyncio.run(count())
 
 
 @contextlib.contextmanager
