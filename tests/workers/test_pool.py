@@ -550,6 +550,29 @@ def test_a_worker_that_stands_still_holds_up_nobody_else(start: Start, monkeypat
                     client.recv(1)
 
 
+def test_a_worker_that_stays_stuck_is_replaced(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pool_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(program, "LOOK", 0.1)
+    with Servers(echo) as endpoint:
+        proxy = start(Protocol.TCP, V4, [endpoint.address])
+        theirs = connected(proxy, 20)
+        assert proxy.counts.active == 20
+        victim = pids(proxy)[0]
+        os.kill(victim, signal.SIGSTOP)
+        # Who is well says so whenever it is asked: by itself that is not as often as is looked here.
+        eventually(lambda: proxy.ended() == {Outcome.WORKER_DIED: len(theirs[0])})
+        eventually(lambda: pids(proxy)[0] != victim)
+        assert "worker 0 has said nothing" in caplog.text
+        for client in theirs[1]:
+            client.sendall(b"y")
+            assert client.recv(1) == b"y"
+        with closing(theirs):
+            pass
+        assert all(ask_echo(proxy) for _ in range(16))
+
+
 # -- the end
 
 

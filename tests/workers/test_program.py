@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,41 @@ def test_one_that_takes_no_messages_is_killed(run: Run, monkeypatch: pytest.Monk
 
     with no_descriptor_left():
         assert run(main()) == -signal.SIGKILL
+
+
+def test_one_that_says_nothing_is_killed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(program, "LOOK", 0.02)
+
+    async def main() -> int:
+        made, _ = await started()
+        os.kill(made.pid, signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            return await made.ended()
+
+    with no_descriptor_left():
+        assert run(main()) == -signal.SIGKILL
+    assert caplog.messages == ["worker 3 has said nothing for 0.4 s: it is stuck, and killed"]
+
+
+def test_one_that_is_not_heard_because_nobody_listened_lives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it stands still as well, as if the whole machine did, for more than twice the time that it may be silent."""
+    monkeypatch.setattr(program, "LOOK", 0.02)
+
+    async def main() -> None:
+        made, said = await started()
+        os.kill(made.pid, signal.SIGSTOP)
+        time.sleep(1)  # noqa: ASYNC251 - nothing else runs in this process meanwhile, and nothing is to
+        os.kill(made.pid, signal.SIGCONT)
+        made.send(AskCounts(9))
+        async with asyncio.timeout(10):
+            report = await said.get()
+        assert isinstance(report, Report)
+        await made.end()
+
+    with no_descriptor_left():
+        run(main())
 
 
 def test_one_that_cannot_be_started_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
