@@ -41,9 +41,9 @@ class Balancer(LoadBalancer):
         max_ejection: float = 0.0,
     ) -> None:
         self.clock = Clock()
-        self.account = ServicePortMetrics()
+        self.counters = ServicePortMetrics()
         bounds = {"max_clients": max_clients, "max_ejection": max_ejection}
-        super().__init__(self.clock, random.Random(5), self.account, affinity, timeout, **bounds)
+        super().__init__(self.clock, random.Random(5), self.counters, affinity, timeout, **bounds)
         self.update(endpoints)
 
     def cycle(self, turns: int, client_ip: str = ALICE) -> list[Address]:
@@ -121,7 +121,7 @@ class TestSticky:
         first = [balancer.pick(client) for client in clients]
         assert tuple(first) == balancer.endpoints
         assert [balancer.pick(client) for client in clients * 2] == first * 2
-        assert balancer.account.affinity_hits == 6
+        assert balancer.counters.affinity_hits == 6
 
     def test_multiple_endpoints_remove_one(self) -> None:
         balancer = Balancer(ONE, TWO, THREE, affinity=CLIENT_IP)
@@ -278,7 +278,7 @@ class TestAffinity:
             assert balancer.pick(ALICE) == first
         balancer.clock.now += 60
         assert balancer.pick(ALICE) == balancer.endpoints[1]
-        assert balancer.account.affinity_hits == 5
+        assert balancer.counters.affinity_hits == 5
 
     def test_hits_do_not_take_a_turn(self) -> None:
         balancer = Balancer(ONE, TWO, THREE, affinity=CLIENT_IP)
@@ -313,10 +313,10 @@ class TestAffinity:
         balancer.clock.now += 45  # last seen: Alice 45 s ago, Bob 65 s, Carol 55 s
         balancer.purge()
         assert balancer.clients == 2
-        hits = balancer.account.affinity_hits
+        hits = balancer.counters.affinity_hits
         balancer.pick(ALICE)
         balancer.pick(CAROL)
-        assert balancer.account.affinity_hits == hits + 2
+        assert balancer.counters.affinity_hits == hits + 2
         balancer.clock.now += 60
         balancer.purge()
         assert balancer.clients == 0
@@ -330,12 +330,12 @@ class TestAffinity:
         for client in (ALICE, BOB, CAROL, ALICE, DAVE):
             balancer.pick(client)
         assert balancer.clients == 3
-        hits = balancer.account.affinity_hits
+        hits = balancer.counters.affinity_hits
         for client in (ALICE, CAROL, DAVE):
             balancer.pick(client)
-        assert balancer.account.affinity_hits == hits + 3
+        assert balancer.counters.affinity_hits == hits + 3
         balancer.pick(BOB)
-        assert balancer.account.affinity_hits == hits + 3
+        assert balancer.counters.affinity_hits == hits + 3
 
 
 class TestEjection:
@@ -348,7 +348,7 @@ class TestEjection:
         assert balancer.cycle(6) == alive * 3
         assert balancer.succeeded(dead)
         assert set(balancer.cycle(3)) == set(balancer.endpoints)
-        assert balancer.account.ejections == 1
+        assert balancer.counters.ejections == 1
 
     def test_a_single_client_probes(self) -> None:
         balancer = Balancer(ONE, TWO, THREE, max_ejection=10)
@@ -412,8 +412,8 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.account = ServicePortMetrics()
-        self.balancer = LoadBalancer(self.clock, random.Random(0), self.account, max_clients=self.BOUND)
+        self.counters = ServicePortMetrics()
+        self.balancer = LoadBalancer(self.clock, random.Random(0), self.counters, max_clients=self.BOUND)
         self.affinity, self.timeout = SessionAffinity.NONE, DEFAULT_AFFINITY_TIMEOUT
         self.usable: set[Address] = set()
         self.pins: list[tuple[str, Address, float]] = []
@@ -497,7 +497,7 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def remembers_as_expected(self) -> None:
         assert self.balancer.clients == len(self.pins) <= self.BOUND
-        assert self.account.affinity_hits == self.hits
+        assert self.counters.affinity_hits == self.hits
 
     @invariant()
     def tells_its_endpoints(self) -> None:

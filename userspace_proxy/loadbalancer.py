@@ -30,7 +30,7 @@ class Randomness(typing.Protocol):
     def random(self) -> float: ...
 
 
-class Account(typing.Protocol):
+class Counters(typing.Protocol):
     """Where choices are counted: one for all scopes of a service port, which come and go while its counts only grow."""
 
     affinity_hits: int
@@ -53,8 +53,8 @@ class LoadBalancer:
     """Proxy sockets hold on to one and call `pick`; everything else is for the proxier."""
 
     __slots__ = (
-        "_account",
         "_clock",
+        "_counters",
         "_ejections",
         "_index",
         "_known",
@@ -73,7 +73,7 @@ class LoadBalancer:
         self,
         clock: Callable[[], float],
         rng: Randomness,
-        account: Account,
+        counters: Counters,
         affinity: SessionAffinity = SessionAffinity.NONE,
         affinity_timeout: float = DEFAULT_AFFINITY_TIMEOUT,
         *,
@@ -83,7 +83,7 @@ class LoadBalancer:
         """`affinity_timeout` and `max_ejection` are in seconds; without the latter nothing is ejected."""
         self._clock = clock
         self._rng = rng
-        self._account = account
+        self._counters = counters
         self._max_clients = max_clients
         self.endpoints: tuple[Address, ...] = ()
         """Those that clients are sent to, in the order of their turns."""
@@ -134,7 +134,7 @@ class LoadBalancer:
                 pins.popitem(last=False)
             return address
         if not tried and now - pin.used < self.affinity_timeout:
-            self._account.affinity_hits += 1
+            self._counters.affinity_hits += 1
         else:
             pin.address = self._next(tried)
         pin.used = now
@@ -175,16 +175,17 @@ class LoadBalancer:
         """A dial to this endpoint failed: it may be ejected. Whether that is news."""
         before = self._ejections.count
         news = self._ejections.failed(address, self._known)
-        self._account.ejections += self._ejections.count - before
+        self._counters.ejections += self._ejections.count - before
         return news
 
     def succeeded(self, address: Address) -> bool:
         """A dial to this endpoint succeeded: it is not ejected any more. Whether that is news."""
         return self._ejections.succeeded(address)
 
-    def unrefused(self, address: Address) -> bool:
-        """Nothing was heard of a client sent here, where endpoints need not answer. Whether that is news."""
-        return self._ejections.is_probed(address) and self.succeeded(address)
+    def unrefused(self, address: Address) -> None:
+        """Nothing bad was heard of a client sent here, where endpoints need not answer: a probe succeeds so."""
+        if self._ejections.is_probed(address):
+            self.succeeded(address)
 
     def update(self, endpoints: Sequence[Endpoint]) -> bool:
         """Take over the service port's endpoints, all of them; say whether the usable set changed.

@@ -305,7 +305,7 @@ def test_a_family_whose_worker_is_slow_is_not_left_out_for_good(captured, node, 
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
     monkeypatch.setattr(iptables, "_FIRST_ANSWER_TIMEOUT", 3)
-    with pytest.raises(iptables.WorkerStuck, match="no answer in 3 s, killed"):
+    with pytest.raises(iptables.WorkerStuck, match="no answer in 3 s, killed; start again"):
         captured.start()
     captured.close()
     assert saved(node) == before

@@ -104,10 +104,9 @@ def test_one_that_takes_no_messages_is_killed(run: Run, monkeypatch: pytest.Monk
 def test_one_that_says_nothing_is_killed(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(program, "LOOK", 0.02)
-
     async def main() -> int:
         made, _ = await started()
+        monkeypatch.setattr(program, "LOOK", 0.02)
         os.kill(made.pid, signal.SIGSTOP)
         async with asyncio.timeout(10):
             return await made.ended()
@@ -119,12 +118,12 @@ def test_one_that_says_nothing_is_killed(
 
 def test_one_that_is_not_heard_because_nobody_listened_lives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here it stands still as well, as if the whole machine did, for more than twice the time that it may be silent."""
-    monkeypatch.setattr(program, "LOOK", 0.02)
 
     async def main() -> None:
         made, said = await started()
+        monkeypatch.setattr(program, "LOOK", 0.05)
         os.kill(made.pid, signal.SIGSTOP)
-        time.sleep(1)  # noqa: ASYNC251 - nothing else runs in this process meanwhile, and nothing is to
+        time.sleep(2.2)  # noqa: ASYNC251 - nothing else runs in this process meanwhile, and nothing is to
         os.kill(made.pid, signal.SIGCONT)
         made.send(AskCounts(9))
         async with asyncio.timeout(10):

@@ -243,8 +243,8 @@ class IPTables:
                 # python-iptables can crash with C libraries that it was not made for.
                 problems.append(str(error))
                 await worker.end()
-            except WorkerStuck:
-                raise
+            except WorkerStuck as error:
+                raise WorkerStuck(f"{error}; start again once this machine is less busy") from None
             except CaptureError as error:
                 await worker.end()
                 return f"{family.value} is not available: {_advice(str(error))}"

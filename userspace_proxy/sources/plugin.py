@@ -72,7 +72,8 @@ async def _run(command: list[str], environment: Mapping[str, str]) -> tuple[int 
     try:
         process = await asyncio.shield(starting)
     except asyncio.CancelledError:
-        await _kill(await starting)
+        with suppress(OSError, ValueError):  # it did not start
+            await _kill(await starting)
         raise
     try:
         output, complaints = await process.communicate()
